@@ -1,0 +1,198 @@
+"""The network u(z, r, t, y): a Diffusion Transformer conditioned on a label and on two times.
+
+DiT with adaLN-Zero (arXiv 2212.09748), its blocks untouched; the one time of a diffusion model
+becomes a pair r <= t (MeanFlow, arXiv 2505.13447v1, Tab. 1c and App. A). Everywhere in this project
+t = 1 is noise, t = 0 is data, and the order of arguments is the paper's: net(z, r, t, y).
+
+    net = DiT.from_config("B/4", channels=4, size=32, num_classes=1000)
+    u = net(z, r, t, y)                    # average velocity between r and t, shaped like z
+"""
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import nn
+
+# name: depth, width, heads, patch. B to XL: arXiv 2505.13447v1, Tab. 4; S: arXiv 2212.09748.
+CONFIGS = {
+    "tiny":  (4, 128, 4, 4),
+    "S/4":   (12, 384, 6, 4),
+    "S/2":   (12, 384, 6, 2),
+    "B/4":   (12, 768, 12, 4),
+    "B/2":   (12, 768, 12, 2),
+    "M/2":   (16, 1024, 16, 2),
+    "L/2":   (24, 1024, 16, 2),
+    "XL/2":  (28, 1152, 16, 2),
+    "XL/2+": (28, 1152, 16, 2),
+}  # fmt: skip
+
+# What the network sees of (r, t). Whatever it sees, what is trained and differentiated is u as a
+# function of (z, r, t): arXiv 2505.13447v1, Sec. 4.3.
+CONDITIONINGS = {
+    "t,t-r":   lambda r, t: (t, t - r),
+    "t,r":     lambda r, t: (t, r),
+    "t,r,t-r": lambda r, t: (t, r, t - r),
+    "t-r":     lambda r, t: (t - r,),
+}  # fmt: skip
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of a time in [0, 1], then an MLP: (B,) -> (B, D)."""
+
+    def __init__(self, width, frequencies=256):
+        super().__init__()
+        self.frequencies = frequencies
+        self.mlp = nn.Sequential(nn.Linear(frequencies, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t):
+        return self.mlp(sinusoids(t, self.frequencies))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        qkv = rearrange(self.qkv(x), "b n (k h d) -> k b h n d", k=3, h=self.heads)
+        q, k, v = qkv  # 3 x (B, heads, N, D / heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+
+
+class Block(nn.Module):
+    """Transformer block; shifts, scales and gates are read off the conditioning c (adaLN-Zero)."""
+
+    def __init__(self, width, heads, mlp_ratio=4):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, mlp_ratio * width),
+            nn.GELU(approximate="tanh"),
+            nn.Linear(mlp_ratio * width, width),
+        )
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
+
+    def forward(self, x, c):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(
+            6, -1
+        )  # (B, 1, D)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # (B, N, D)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, D)
+
+
+class FinalLayer(nn.Module):
+    """adaLN and a linear map to the pixels of each patch: (B, N, D) -> (B, N, p * p * C)."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(width, out)
+        self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))
+
+    def forward(self, x, c):
+        shift, scale = self.adaln(c)[:, None].chunk(2, -1)  # (B, 1, D)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """The average velocity u_theta(z, r, t | y).
+
+    channels, size: images are (channels, size, size), pixels or latents; size a multiple of patch.
+    num_classes: labels are 0 .. num_classes - 1, and num_classes itself is the null label; with 0
+    classes the null label is the only one. conditioning: a key of CONDITIONINGS.
+    """
+
+    def __init__(
+        self, channels, size, num_classes, depth, width, heads, patch, conditioning="t,t-r"
+    ):
+        super().__init__()
+        if size % patch:
+            raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
+        self.channels, self.size, self.num_classes, self.patch = channels, size, num_classes, patch
+        self.time_variables = CONDITIONINGS[conditioning]
+        num_times = len(self.time_variables(torch.zeros(()), torch.zeros(())))
+
+        self.patch_embed = nn.Linear(channels * patch * patch, width)
+        self.register_buffer(
+            "pos_embed", sincos_positions(size // patch, width), persistent=False
+        )  # (N, D)
+        self.time_embed = nn.ModuleList(TimeEmbedder(width) for _ in range(num_times))
+        self.label_embed = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.final = FinalLayer(width, patch * patch * channels)
+        self.initialize()
+
+    @classmethod
+    def from_config(cls, name, channels, size, num_classes, conditioning="t,t-r"):
+        return cls(channels, size, num_classes, *CONFIGS[name], conditioning)
+
+    @property
+    def null_label(self):
+        return self.num_classes
+
+    def initialize(self):
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.label_embed.weight, std=0.02)
+        for embed in self.time_embed:
+            nn.init.normal_(embed.mlp[0].weight, std=0.02)
+            nn.init.normal_(embed.mlp[2].weight, std=0.02)
+        # When training starts, zero gates make every block the identity and u is 0.
+        gates = [block.adaln[1] for block in self.blocks]
+        for layer in [*gates, self.final.adaln[1], self.final.linear]:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, z, r, t, y):
+        """z: (B, C, H, W); r, t: (B,) in [0, 1], at least float32; y: (B,) int64 -> u like z."""
+        p = self.patch
+        x = rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+        x = (
+            self.patch_embed(x) + self.pos_embed
+        )  #                                          (B, N, D)
+        c = self.label_embed(y)
+        for embed, time in zip(self.time_embed, self.time_variables(r, t), strict=True):
+            c = c + embed(
+                time
+            )  #                                                              (B, D)
+        for block in self.blocks:
+            x = block(
+                x, c
+            )  #                                                               (B, N, D)
+        x = self.final(
+            x, c
+        )  #                                                          (B, N, p p C)
+        return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.size // p, p=p, q=p)
+
+
+def modulate(x, shift, scale):
+    return x * (1 + scale) + shift
+
+
+def sinusoids(t, dim, max_period=10000):
+    """cos, then sin, of t at dim / 2 frequencies max_period^-(2 i / dim): (B,) -> (B, dim).
+
+    differs: DiT feeds integer steps up to 999. Here t in [0, 1] goes in as it is, as in the code of
+    MeanFlow's authors: 1000 t would multiply d/dt, and the rounding error of the JVP, by 1000.
+    """
+    freqs = max_period ** -(torch.arange(dim // 2, device=t.device, dtype=t.dtype) / (dim // 2))
+    args = t[:, None] * freqs
+    return torch.cat([args.cos(), args.sin()], dim=-1)
+
+
+def sincos_positions(grid, width):
+    """Fixed 2-D position embedding: (grid^2, width), first half from the column, then the row."""
+    freqs = 10000 ** -(torch.arange(width // 4, dtype=torch.float64) / (width // 4))
+    args = torch.arange(grid, dtype=torch.float64)[:, None] * freqs
+    line = torch.cat([args.sin(), args.cos()], dim=-1)  # (grid, width / 2)
+    column, row = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
+    return torch.cat([column, row], dim=-1).float()

@@ -1,0 +1,140 @@
+"""When to look and how much it counts: the distribution of (t, r), and the weights on the losses.
+
+The base distribution of times is MeanFlow's (arXiv 2505.13447v1, Sec. 4.3). Around it stand the
+three parts of the improved training (arXiv 2511.19065v1, Sec. 5 and App. B): the progressive weight
+beta on samples with r < t, and two ways to form the instantaneous velocity early, MinSNR's weight
+alpha on samples with r = t, or DTD's curriculum over times.
+
+A base distribution is given by its quantile function q -> t. Uniform q sample it, uniform q from
+the upper end alone truncate it to its noisiest part, and a midpoint rule in q integrates over it.
+"""
+
+import torch
+from torch import nn
+
+
+def lognorm_quantile(q, mu=-0.4, sigma=1.0):
+    """Quantiles of sigmoid(N(mu, sigma^2)), arXiv 2505.13447v1, Sec. 4.3. q: any shape, [0, 1]."""
+    return torch.sigmoid(mu + sigma * torch.special.ndtri(q))
+
+
+def uniform_quantile(q, mu=None, sigma=None):
+    """Quantiles of U(0, 1); mu and sigma are accepted and not used. q: any shape, in [0, 1]."""
+    return q
+
+
+TIME_SAMPLERS = {"lognorm": lognorm_quantile, "uniform": uniform_quantile}
+
+
+def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None, device="cpu"):
+    """Times of a batch whose first num_eq samples have r = t and whose last num_neq have r < t.
+
+    Both times are drawn independently and t is the larger; r is set to t *afterwards*, so samples
+    with r = t see the distribution of the larger of two draws (arXiv 2505.13447v1, Sec. 4.3).
+
+    mass: the share of the base distribution in use, its largest times (float or 0-d tensor in
+    (0, 1]); below 1 in DTD's early stages. pairs: (2, K) from `time_pairs`; where given, (t, r) of
+    the samples with r < t are drawn from it. Returns t, r: (num_eq + num_neq,) float32.
+    """
+    q = 1 - mass * torch.rand(2, num_eq + num_neq, generator=generator, device=device)
+    times = quantile(q)
+    t, r = times.amax(0), times.amin(0)
+    if pairs is not None:
+        pick = torch.randint(pairs.shape[1], (num_neq,), generator=generator, device=device)
+        t[num_eq:], r[num_eq:] = pairs[:, pick]
+    r[:num_eq] = t[:num_eq]
+    return t, r
+
+
+def time_pairs(quantile, gap=(0.0, 1.0), grid=1024):
+    """(t, r) of every two points of a lattice of quantiles whose gap t - r lies in `gap`: (2, K).
+
+    The pairs are equally likely, so a mean over them is an expectation over the r < t samples
+    (midpoint rule, error of order 1 / grid^2). K is 0 where no pair has such a gap.
+    """
+    times = quantile((torch.arange(grid, dtype=torch.float64) + 0.5) / grid)
+    a, b = torch.cartesian_prod(times, times).T
+    t, r = torch.maximum(a, b), torch.minimum(a, b)
+    inside = (t - r >= gap[0]) & (t - r <= gap[1])
+    return torch.stack([t[inside], r[inside]])
+
+
+def beta_lambda(pairs):
+    """lambda = 1 / E[1 - dt] over `time_pairs`, arXiv 2511.19065v1, Sec. 5. Default: 1.3045."""
+    t, r = pairs
+    return 1 / (1 - (t - r).mean().item())
+
+
+def training_progress(step, steps, k=1.0):
+    """s = 1 - (i / T)^k: 1 at the start of training, 0 at its end. arXiv 2511.19065v1, Sec. 5."""
+    return 1 - (step / steps) ** k
+
+
+def beta(dt, s, lam):
+    """Progressive weight 1 - s + lambda s (1 - dt) of a gap dt = t - r. arXiv 2511.19065v1, Sec. 5.
+
+    At s = 1 short gaps weigh most and the mean weight is 1; at s = 0 every gap weighs 1.
+    """
+    return 1 - s + lam * s * (1 - dt)
+
+
+def minsnr(t, gamma=5.0):
+    """t^2 min(SNR, gamma), SNR = (1 - t)^2 / t^2: Min-SNR (arXiv 2303.09556) for a velocity loss.
+
+    On the linear path x = z - t v, so Min-SNR's squared error of x is t^2 times that of v.
+    """
+    return torch.minimum((1 - t) ** 2, gamma * t**2)
+
+
+def minsnr_mean(quantile, gamma=5.0, grid=100_000):
+    """E[minsnr(t)] over the samples with r = t, whose q has density 2 q. Default: 0.21548.
+
+    differs: the papers do not say how alpha is scaled. alpha = minsnr / minsnr_mean has mean 1, so
+    it re-weights the r = t samples among themselves and leaves their share of the loss alone.
+    """
+    q = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    return (2 * q * minsnr(quantile(q), gamma)).mean().item()
+
+
+class DTD(nn.Module):
+    """Curriculum over times (arXiv 2403.10348), p_acc of arXiv 2511.19065v1, Sec. 5.
+
+    The base distribution is cut into `clusters` slices of equal mass, and stage n trains on the n
+    noisiest (largest t), which are the easiest. When the smoothed v-loss has not improved for
+    `patience` steps in a row, the next slice joins. After the last stage the base is in use.
+    All state is tensors on the device: reading the loss on the host would stall a GPU every step.
+
+    differs: the papers leave open which loss paces and how long the curriculum may take. Here it is
+    the unweighted squared error per dimension (the adaptively weighted loss is about 1 whatever
+    happens), smoothed by an EMA; and stage n begins by step cap (n - 1) / (clusters - 1) at the
+    latest, so that from step `cap` on all times are in use.
+    """
+
+    SMOOTHING = 0.95  # of the loss's EMA: a window of about 20 steps
+
+    def __init__(self, clusters=20, patience=200, cap=1):
+        super().__init__()
+        self.clusters, self.patience, self.cap = clusters, patience, max(cap, 1)
+        self.register_buffer("stage", torch.tensor(1.0))
+        self.register_buffer("smoothed", torch.tensor(torch.inf))  # inf: no loss seen in this stage
+        self.register_buffer("best", torch.tensor(torch.inf))
+        self.register_buffer("waited", torch.tensor(0.0))
+
+    @property
+    def mass(self):
+        """n / clusters, the share of the base distribution in use: 0-d tensor for `sample_t_r`."""
+        return self.stage / self.clusters
+
+    @torch.no_grad()
+    def update(self, v_loss, step):
+        """Take in the v-loss of `step` (0-d tensor, the same on all ranks); settle step + 1."""
+        first = self.smoothed.isinf()
+        smoothed = torch.where(first, v_loss, torch.lerp(v_loss, self.smoothed, self.SMOOTHING))
+        waited = torch.where(smoothed < self.best, 0.0, self.waited + 1)
+        latest = 1 + int((self.clusters - 1) * min((step + 1) / self.cap, 1))
+        stage = (self.stage + (waited >= self.patience)).clamp(min=latest, max=self.clusters)
+        moved = stage > self.stage  # another stage has another loss: begin to compare afresh
+        self.smoothed.copy_(torch.where(moved, torch.inf, smoothed))
+        self.best.copy_(torch.where(moved, torch.inf, torch.minimum(self.best, smoothed)))
+        self.waited.copy_(torch.where(moved, 0.0, waited))
+        self.stage.copy_(stage)

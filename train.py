@@ -1,0 +1,462 @@
+"""Train a MeanFlow model (arXiv 2505.13447v1) by the improved scheme of arXiv 2511.19065v1.
+
+    python train.py                        the tiny model on the built-in digits: minutes on a CPU
+    python train.py --model S/4 --data data/cifar10 --accel minsnr
+    torchrun --nproc_per_node=8 train.py --model XL/2 --accel dtd --data data/imagenet
+
+Whatever is not given comes from the paper's recipe for the model named. The same command again
+resumes. A run's directory holds last.pt, metrics.jsonl, samples/ and, at the end, progress.png.
+"""
+
+import argparse
+import copy
+import json
+import math
+import os
+import sys
+import time
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from PIL import Image, ImageDraw
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+import meanflow
+import schedules
+from model import CONDITIONINGS, CONFIGS
+from prepare_latents import Dataset, write_glyphs
+from sample import build_network, draw, load_checkpoint, save_grid
+
+# arXiv 2505.13447v1, Tab. 4: what all models share, then what is a model's own.
+PAPER = dict(
+    epochs=240, batch_size=256, lr=1e-4, warmup=0, adam_beta2=0.95, ema_decay=0.9999,
+    label_drop=0.1, omega=1.0, kappa=0.5, cfg_interval=(0.0, 1.0), r_neq_t=0.25,
+    time_sampler="lognorm", time_mu=-0.4, time_sigma=1.0, conditioning="t,t-r", adaptive_p=1.0,
+    workers=4,
+    log_every=100, sample_every=5000, save_every=5000,
+)  # fmt: skip
+RECIPES = {name: {} for name in CONFIGS} | {
+    "L/2":   dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.8)),
+    "XL/2":  dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.75)),
+    "XL/2+": dict(epochs=1000, cfg_interval=(0.3, 0.8)),
+    # Ours, for the built-in digits: short, so with a fast learning rate and a short EMA.
+    "tiny":  dict(epochs=8, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.995, workers=0,
+                  log_every=100, sample_every=250, save_every=500),
+}  # fmt: skip
+GLYPHS = "data/glyphs"  # the default dataset, made on the spot where it is missing
+
+# Flags that may differ when a run is resumed; any other would make it another run.
+MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
+
+
+# ---------------------------------------------------------------------------- randomness of a step
+
+
+@lru_cache(maxsize=2)
+def shuffled(count, seed, epoch):
+    return np.random.default_rng((seed, epoch)).permutation(count)
+
+
+def chunk_indices(step, chunk, micro, batch_size, count, seed):
+    """Which samples micro-batch `chunk` of a step holds: (micro,) indices below count.
+
+    The data is an endless stream of shuffled epochs, cut into batches and those into micro-batches:
+    a function of (seed, step), so a run resumes on any number of ranks without replaying it.
+    """
+    first = step * batch_size + chunk * micro
+    epoch, offset = np.divmod(np.arange(first, first + micro), count)
+    parts = [shuffled(count, seed, e)[offset[epoch == e]] for e in np.unique(epoch).tolist()]
+    return np.concatenate(parts)
+
+
+def reseed(generator, seed, step, chunk):
+    """Every random number of a micro-batch is a function of (seed, step, chunk)."""
+    key = np.random.SeedSequence((seed, step, chunk)).generate_state(1, np.uint64)[0]
+    generator.manual_seed(int(key))
+
+
+# ---------------------------------------------------------------------------- files of a run
+
+
+def save_checkpoint(path, state):
+    """All or nothing: a reader finds the old checkpoint or the new one, never a part of it."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def keep_metrics(path, step):
+    """Drop the rows after `step`, from which a resumed run goes on."""
+    if path.exists():
+        rows = [row for row in path.read_text().splitlines() if json.loads(row)["step"] <= step]
+        path.write_text("".join(row + "\n" for row in rows))
+
+
+def save_progress(samples, path, rows=10):
+    """One picture of training: the first row of up to `rows` grids in samples/, oldest on top."""
+    grids = sorted(samples.glob("*.png"))
+    picks = np.unique(np.linspace(0, len(grids) - 1, rows).round().astype(int))
+    strips = [(int(grids[i].stem), Image.open(grids[i])) for i in picks]
+    margin, tile = 80, strips[0][1].height // 10  # a grid has ten rows
+    picture = Image.new("RGB", (margin + strips[0][1].width, tile * len(strips)))
+    for i, (step, grid) in enumerate(strips):
+        ImageDraw.Draw(picture).text((8, (i + 0.5) * tile), f"step {step}", anchor="lm")
+        picture.paste(grid.crop((0, 0, grid.width, tile)), (margin, i * tile))
+    picture.save(path)
+
+
+def fail(message):
+    """End on bad input: one line on standard error, exit code 2, as argparse does."""
+    print(f"train.py: error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def number(kind, accepts, what):
+    """An argparse type: an int or a float of which `accepts` is true."""
+
+    def parse(text):
+        if not accepts(value := kind(text)):
+            raise argparse.ArgumentTypeError(f"{text} is not {what}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+def parse_args(argv=None):
+    """The arguments, with what is not given taken from the recipe of the model named."""
+    only_model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_model.add_argument("--model", choices=CONFIGS, default="tiny", help="network and recipe")
+    model = only_model.parse_known_args(argv)[0].model
+
+    parser = argparse.ArgumentParser(
+        usage="train.py [--model NAME] [flags]; train.py --help lists them",
+        description=__doc__,
+        parents=[only_model],
+        allow_abbrev=False,
+        formatter_class=HelpFormatter,
+    )
+    positive = number(float, lambda a: 0 < a < math.inf, "a positive number")
+    share = number(float, lambda a: 0 <= a <= 1, "in [0, 1]")
+    decay = number(float, lambda a: 0 <= a < 1, "in [0, 1)")
+    count = number(int, lambda n: n >= 1, "at least 1")
+    natural = number(int, lambda n: n >= 0, "at least 0")
+    switch = argparse.BooleanOptionalAction
+    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+
+    add = parser.add_argument_group("data and run").add_argument
+    add("--data", default=GLYPHS, help="dataset directory, made by prepare_latents.py")
+    add("--out", help="directory of the run; runs/MODEL-ACCEL where not given")
+    add("--init-from", help="checkpoint of another run whose EMA weights to start from")
+    add("--seed", type=natural, default=0, help="of the weights, data order, times and noise")
+    add("--workers", type=natural, help="processes per rank that read the data")
+    add("--log-every", type=count, help="steps")
+    add("--sample-every", type=count, help="steps")
+    add("--save-every", type=count, help="steps")
+    add("--dry-run", action="store_true", help="print the resolved run and exit")
+
+    add = parser.add_argument_group("MeanFlow, arXiv 2505.13447").add_argument
+    add("--conditioning", choices=CONDITIONINGS, help="what the network sees of r and t")
+    add("--r-neq-t", type=share, help="share of samples with r < t; 0 is flow matching")
+    add("--time-sampler", choices=schedules.TIME_SAMPLERS, help="distribution of t and r")
+    add("--time-mu", type=float, help="lognorm: mean of the normal")
+    add("--time-sigma", type=positive, help="lognorm: its standard deviation")
+    add("--omega", type=float, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
+    add("--kappa", type=float, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
+    add("--cfg-interval", type=share, nargs=2, metavar=("LO", "HI"), help="guided where t is in it")
+    add("--label-drop", type=share, help="probability of the null label")
+    add("--adaptive-p", type=float, help="power of the adaptive weight, Eq. 22; 0 is plain L2")
+    add("--adaptive-c", type=positive, default=1e-3, help="constant of the adaptive weight")
+    add(
+        "--tangent",
+        type=float,
+        nargs=2,
+        metavar=("DR", "DT"),
+        default=[0.0, 1.0],
+        help="of the JVP",
+    )
+
+    add = parser.add_argument_group("improved training, arXiv 2511.19065").add_argument
+    add("--accel", choices=("none", "minsnr", "dtd"), default="dtd", help="how to form v early")
+    add("--progressive", action=switch, help="weight beta on r < t; on unless --accel none")
+    add("--beta-k", type=positive, default=1.0, help="its pace: s = 1 - (i / T)^k")
+    add("--snr-gamma", type=positive, default=5.0, help="minsnr: clip of the SNR")
+    add("--dtd-clusters", type=count, default=20, help="dtd: stages")
+    add("--dtd-patience", type=count, default=200, help="dtd: steps without progress in a stage")
+    add("--dtd-cap", type=share, default=0.2, help="dtd: share of the run for all stages, at most")
+    add("--v-noise", type=share, default=0.0, help="corrupt r = t targets by noise of size k |v|")
+    add("--gap", type=share, nargs=2, metavar=("LO", "HI"), help="r < t samples: range of t - r")
+
+    group = parser.add_argument_group("optimisation")
+    length = group.add_mutually_exclusive_group()
+    length.add_argument("--steps", type=count, help="length of the run, in place of --epochs")
+    length.add_argument("--epochs", type=positive, help="length of the run in passes over the data")
+    add = group.add_argument
+    add("--batch-size", type=count, help="samples per step, over all ranks")
+    add(
+        "--micro-batch-size",
+        type=count,
+        help="samples at once on a rank; its whole share if not given",
+    )
+    add("--lr", type=positive, help="learning rate of Adam, constant")
+    add("--warmup", type=natural, help="steps of linear warm-up before")
+    add("--adam-beta2", type=decay, help="of Adam; beta1 is 0.9")
+    add("--ema-decay", type=decay, help="of the averaged weights, which are the ones sampled")
+    add("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of matrix products")
+    add("--compile", action=switch, default=False, help="torch.compile the network")
+
+    parser.set_defaults(**PAPER | RECIPES[model])
+    args = parser.parse_args(argv)
+
+    args.out = args.out or f"runs/{args.model.replace('/', '-')}-{args.accel}"
+    if args.progressive is None:
+        args.progressive = args.accel != "none" and args.r_neq_t > 0
+    if args.kappa >= 1:
+        parser.error("--kappa must be below 1: the effective scale is omega / (1 - kappa)")
+    for name in ("cfg_interval", "gap"):
+        interval = getattr(args, name)
+        if interval and interval[0] >= interval[1]:
+            parser.error(f"--{name.replace('_', '-')} LO HI needs LO below HI")
+    if args.accel != "none" and args.r_neq_t == 1:
+        parser.error(f"--accel {args.accel} acts on r = t, and --r-neq-t 1 leaves none; use none")
+    if args.gap and (args.accel == "dtd" or args.r_neq_t == 0):
+        parser.error("--gap needs --accel none or minsnr, and --r-neq-t above 0")
+    if args.progressive and args.r_neq_t == 0:
+        parser.error("--progressive weighs samples with r < t, and --r-neq-t 0 leaves none")
+    if args.v_noise and args.r_neq_t == 1:
+        parser.error("--v-noise acts on samples with r = t, and --r-neq-t 1 leaves none")
+    return args
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def main(args):
+    # Set-up: one process, or one per GPU under torchrun.
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *_: None
+
+    # Data, and how a global batch divides into micro-batches.
+    if args.data == GLYPHS and not Path(GLYPHS, "meta.json").exists() and rank == 0:
+        write_glyphs(GLYPHS)
+    if world > 1:
+        dist.barrier()
+    try:
+        data = Dataset(args.data)
+    except ValueError as error:
+        fail(f"--data: {error}")
+    micro = args.micro_batch_size or args.batch_size // world
+    if not micro or args.batch_size % (micro * world):
+        fail(f"--batch-size {args.batch_size} does not divide into {world} x {micro} samples")
+    chunks = range(rank, args.batch_size // micro, world)  # this rank's micro-batches of a step
+    num_neq = round(micro * args.r_neq_t)  # samples with r < t in a micro-batch, its last
+    num_eq = micro - num_neq
+    if (num_neq == 0) != (args.r_neq_t == 0) or (num_eq == 0) != (args.r_neq_t == 1):
+        fail(f"--r-neq-t {args.r_neq_t} of {micro} samples is none or all; use larger batches")
+    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
+
+    # Network, its running average, and the optimiser.
+    torch.manual_seed(args.seed)
+    try:
+        net = build_network(args.model, data.meta, args.conditioning).to(device)
+        if args.init_from:
+            net.load_state_dict(load_checkpoint(args.init_from)[0].state_dict())
+    except (ValueError, RuntimeError) as error:
+        fail(str(error).splitlines()[0])
+    ema = copy.deepcopy(net).requires_grad_(False)
+    update_ema = get_ema_multi_avg_fn(args.ema_decay)
+    optimizer = torch.optim.Adam(
+        net.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), fused=True
+    )
+
+    # Schedules: the constants behind beta and alpha, and the curriculum.
+    sampler = schedules.TIME_SAMPLERS[args.time_sampler]
+    quantile = partial(sampler, mu=args.time_mu, sigma=args.time_sigma)
+    pairs = schedules.time_pairs(quantile, args.gap or (0.0, 1.0))
+    if not pairs.numel():
+        fail(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
+    lam = schedules.beta_lambda(pairs)
+    alpha_mean = schedules.minsnr_mean(quantile, args.snr_gamma)
+    gap_pairs = pairs.float().to(device) if args.gap else None
+    pacer = schedules.DTD(args.dtd_clusters, args.dtd_patience, args.dtd_cap * steps).to(device)
+
+    # Resume where the run's last checkpoint stands.
+    out, start = Path(args.out), 0
+    last = out / "last.pt"
+    if last.exists():
+        saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        now = vars(args) | {"meta": data.meta}
+        then = saved["args"] | {"meta": saved["meta"]}
+        for name in sorted(now.keys() - MAY_CHANGE):
+            if now[name] != then[name]:
+                flag = "--data" if name == "meta" else "--" + name.replace("_", "-")
+                fail(f"{out}: its {flag} was {then[name]}, not {now[name]}; name another --out")
+        start = saved["step"]
+        if start > steps:
+            fail(f"{out} is at step {start} already, beyond --steps {steps}")
+        modules = {"net": net, "ema": ema, "optimizer": optimizer, "pacer": pacer}
+        for name, module in modules.items():
+            module.load_state_dict(saved[name])
+        del saved
+
+    parameters = sum(p.numel() for p in net.parameters())
+    epochs = steps * args.batch_size / len(data)
+    say(
+        f"{args.model}: {parameters / 1e6:.1f} M parameters, {len(data):,} pictures "
+        f"{tuple(data.meta['shape'])} of {len(data.meta['classes'])} classes\n"
+        f"{out}: {steps:,} steps of {args.batch_size} = {epochs:.1f} epochs from step {start:,}; "
+        f"{world} x {device.type}, {len(chunks)} x {micro} samples a step on each, {args.dtype}"
+    )
+    if args.dry_run:
+        say(json.dumps(vars(args), indent=1))
+        return
+    if rank == 0:
+        (out / "samples").mkdir(parents=True, exist_ok=True)
+        keep_metrics(out / "metrics.jsonl", start)
+
+    # The ordinary forward and backward go through DDP; the target needs the network itself.
+    bare = net
+    if args.compile:
+        bare.compile(dynamic=False)
+    if world > 1:
+        net = DistributedDataParallel(bare, gradient_as_bucket_view=True)
+    loader = torch.utils.data.DataLoader(
+        data,
+        batch_sampler=(
+            chunk_indices(step, chunk, micro, args.batch_size, len(data), args.seed)
+            for step in range(start, steps)
+            for chunk in chunks
+        ),
+        num_workers=args.workers,
+        collate_fn=tuple,  # the dataset gives whole batches
+        pin_memory=device.type == "cuda",
+    )
+    batches = iter(loader)
+    generator = torch.Generator(device)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    # The pictures of samples/: ten rows of up to ten classes, always from the same noise.
+    shown = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
+    history, clock = [], time.time()
+
+    for step in range(start, steps + 1):
+        ended = step == steps
+        s = schedules.training_progress(step, steps, args.beta_k)
+        lr = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+
+        if history and (ended or step % args.log_every == 0 or step % args.save_every == 0):
+            rows = torch.stack(history).cpu()  # the one synchronisation of an interval
+            bad = (~rows.isfinite().all(1)).nonzero()
+            if len(bad):
+                fault = step - len(rows) + bad[0].item()
+                sys.exit(f"train.py: loss or gradient not finite at step {fault}; {last} is kept")
+            loss, v_error, u_error, grad_norm = rows.mean(0).tolist()
+            rate = len(rows) * args.batch_size / (time.time() - clock)
+            left = timedelta(seconds=int((steps - step) * args.batch_size / rate))
+            row = {"step": step, "loss": loss, "v_error": v_error, "u_error": u_error}
+            row |= {"grad_norm": grad_norm, "lr": lr, "s": s, "stage": int(pacer.stage)}
+            row |= {"images_per_second": rate}
+            if rank == 0:
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(row) + "\n")
+            say(
+                f"step {step:,}/{steps:,}  loss {loss:.4f}  v {v_error:.4f}  u {u_error:.4f}  "
+                f"grad {grad_norm:.3f}  lr {lr:.2g}  s {s:.3f}  stage {row['stage']}/"
+                f"{args.dtd_clusters}  {rate:.0f} img/s  {left} left"
+            )
+            history.clear()
+        if rank == 0 and (ended or step % args.sample_every == 0):
+            pixels = torch.cat(list(draw(ema, shown * 10, device=device)))
+            save_grid(pixels, out / "samples" / f"{step:08d}.png", columns=len(shown))
+        if rank == 0 and step > start and (ended or step % args.save_every == 0):
+            state = {"net": bare, "ema": ema, "optimizer": optimizer, "pacer": pacer}
+            state = {name: thing.state_dict() for name, thing in state.items()}
+            versions = {"torch": torch.__version__, "format": 1}
+            state |= {"step": step, "args": vars(args), "meta": data.meta, "versions": versions}
+            save_checkpoint(last, state)
+        if ended:
+            break
+        if not history:
+            clock = time.time()
+
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        stats = torch.zeros(3, device=device)  # of the step: loss, error of v- and of u-samples
+        for chunk in chunks:
+            images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+            reseed(generator, args.seed, step, chunk)
+            x = images.float() * data.meta["scale"] + data.meta["shift"]  #             (B, C, H, W)
+            e = torch.randn(x.shape, generator=generator, device=device)  #             (B, C, H, W)
+            y = meanflow.drop_labels(y, bare.null_label, args.label_drop, generator)  #         (B,)
+            mass = pacer.mass if args.accel == "dtd" else 1.0
+            t, r = schedules.sample_t_r(
+                num_eq, num_neq, quantile, mass, gap_pairs, generator, device
+            )  #                                                                                (B,)
+            alpha, beta = torch.ones_like(t[:num_eq]), torch.ones_like(t[num_eq:])
+            if args.accel == "minsnr":
+                alpha = schedules.minsnr(t[:num_eq], args.snr_gamma) / alpha_mean
+            if args.progressive:
+                beta = schedules.beta((t - r)[num_eq:], s, lam)
+            v_noise = None
+            if args.v_noise:
+                size = args.v_noise * (e - x).flatten(1).norm(dim=1)
+                v_noise = meanflow.expand(size, x) * torch.randn(
+                    x.shape, generator=generator, device=device
+                )
+
+            # Gradients are averaged over ranks once a step, in the last micro-batch's backward.
+            waiting = world > 1 and chunk != chunks[-1]
+            with net.no_sync() if waiting else nullcontext():
+                with autocast:
+                    loss, errors = meanflow.loss(
+                        net, x, e, r, t, y, num_neq, torch.cat([alpha, beta]), bare,
+                        bare.null_label, args.omega, args.kappa, args.cfg_interval, args.tangent,
+                        args.adaptive_p, args.adaptive_c, v_noise,
+                    )  # fmt: skip
+                (loss / len(chunks)).backward()
+            v_error = errors[:num_eq].sum() / max(num_eq, 1)
+            u_error = errors[num_eq:].sum() / max(num_neq, 1)
+            stats += torch.stack([loss.detach(), v_error, u_error]) / len(chunks)
+
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in bare.parameters()])
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(list(ema.parameters()), list(bare.parameters()), None)
+        if world > 1:
+            dist.all_reduce(stats)
+            stats /= world
+        if args.accel == "dtd":
+            pacer.update(stats[1], step)
+        history.append(torch.cat([stats, grad_norm[None]]))
+
+    if rank == 0:
+        save_progress(out / "samples", out / "progress.png", rows=10)
+        say(f"done: {last}, {out / 'progress.png'}; draw more with sample.py")
+    if world > 1:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(parse_args())
