@@ -41,6 +41,12 @@ def guided_velocity(v, u_label, u_null, omega, kappa):
     return omega * v + kappa * u_label + (1 - omega - kappa) * u_null
 
 
+def corruption(v, k, generator=None):
+    """k |v| N(0, I), |v| over C, H, W: spoils the target of r = t (arXiv 2511.19065v1, Fig. 3)."""
+    size = expand(v.flatten(1).norm(dim=1), v)
+    return k * size * torch.randn(v.shape, generator=generator, device=v.device)
+
+
 def total_derivative(net, z, r, t, y, v, tangent=(0.0, 1.0)):
     """du/dt = v . du/dz + dr . du/dr + dt . du/dt by one JVP, Eq. 8. tangent: (dr, dt).
 

@@ -41,13 +41,15 @@ def build_network(model, meta, conditioning):
     return DiT.from_config(model, channels, size, len(meta["classes"]), conditioning)
 
 
-def noise(indices, shape, seed=0, device="cpu"):
-    """N(0, I) for each index: (len(indices), *shape), a function of (seed, index) alone."""
-    rows = []
-    for index in indices:
-        key = int(np.random.SeedSequence((seed, index)).generate_state(1, np.uint64)[0])
-        rows.append(torch.randn(shape, generator=torch.Generator().manual_seed(key)))
-    return torch.stack(rows).to(device)
+def keyed_generator(*key, device="cpu"):
+    """A generator whose numbers are a function of the key alone, a few non-negative integers."""
+    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(seed))
+
+
+def noise(indices, shape, seed=0):
+    """N(0, I) for each index: (len(indices), *shape), each a function of (seed, index) alone."""
+    return torch.stack([torch.randn(shape, generator=keyed_generator(seed, i)) for i in indices])
 
 
 def to_uint8(x):
@@ -78,7 +80,7 @@ def draw(net, labels, seed=0, batch_size=250, nfe=1, velocity=False, device="cpu
     for start in range(0, len(labels), batch_size):
         y = torch.as_tensor(labels[start : start + batch_size], device=device)
         indices = range(first + start, first + start + len(y))
-        e = noise(indices, (net.channels, net.size, net.size), seed, device)
+        e = noise(indices, (net.channels, net.size, net.size), seed).to(device)
         yield to_uint8(meanflow.sample(net, e, y, nfe, velocity)).cpu()
 
 

@@ -26,7 +26,7 @@ def uniform_quantile(q, mu=None, sigma=None):
 TIME_SAMPLERS = {"lognorm": lognorm_quantile, "uniform": uniform_quantile}
 
 
-def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None, device="cpu"):
+def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None):
     """Times of a batch whose first num_eq samples have r = t and whose last num_neq have r < t.
 
     Both times are drawn independently and t is the larger; r is set to t *afterwards*, so samples
@@ -34,8 +34,10 @@ def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None, 
 
     mass: the share of the base distribution in use, its largest times (float or 0-d tensor in
     (0, 1]); below 1 in DTD's early stages. pairs: (2, K) from `time_pairs`; where given, (t, r) of
-    the samples with r < t are drawn from it. Returns t, r: (num_eq + num_neq,) float32.
+    the samples with r < t are drawn from it. Returns t, r: (num_eq + num_neq,) float32, on the
+    generator's device.
     """
+    device = generator.device if generator else "cpu"
     q = 1 - mass * torch.rand(2, num_eq + num_neq, generator=generator, device=device)
     times = quantile(q)
     t, r = times.amax(0), times.amin(0)

@@ -31,7 +31,7 @@ import meanflow
 import schedules
 from model import CONDITIONINGS, CONFIGS
 from prepare_latents import Dataset, write_glyphs
-from sample import build_network, draw, load_checkpoint, save_grid
+from sample import build_network, draw, keyed_generator, load_checkpoint, save_grid
 
 # arXiv 2505.13447v1, Tab. 4: what all models share, then what is a model's own.
 PAPER = dict(
@@ -55,7 +55,7 @@ GLYPHS = "data/glyphs"  # the default dataset, made on the spot where it is miss
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 
 
-# ---------------------------------------------------------------------------- randomness of a step
+# ---------------------------------------------------------------------------- order of the data
 
 
 @lru_cache(maxsize=2)
@@ -73,12 +73,6 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
     epoch, offset = np.divmod(np.arange(first, first + micro), count)
     parts = [shuffled(count, seed, e)[offset[epoch == e]] for e in np.unique(epoch).tolist()]
     return np.concatenate(parts)
-
-
-def reseed(generator, seed, step, chunk):
-    """Every random number of a micro-batch is a function of (seed, step, chunk)."""
-    key = np.random.SeedSequence((seed, step, chunk)).generate_state(1, np.uint64)[0]
-    generator.manual_seed(int(key))
 
 
 # ---------------------------------------------------------------------------- files of a run
@@ -116,7 +110,8 @@ def save_progress(samples, path, rows=10):
 
 def fail(message):
     """End on bad input: one line on standard error, exit code 2, as argparse does."""
-    print(f"train.py: error: {message}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"train.py: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
@@ -141,12 +136,13 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 def parse_args(argv=None):
     """The arguments, with what is not given taken from the recipe of the model named."""
-    only_model = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    only_model = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False)
     only_model.add_argument("--model", choices=CONFIGS, default="tiny", help="network and recipe")
     model = only_model.parse_known_args(argv)[0].model
 
     parser = argparse.ArgumentParser(
-        usage="train.py [--model NAME] [flags]; train.py --help lists them",
+        prog="train.py",
+        usage="train.py [--model NAME] [flags]; --help lists them all",
         description=__doc__,
         parents=[only_model],
         allow_abbrev=False,
@@ -227,20 +223,24 @@ def parse_args(argv=None):
     args.out = args.out or f"runs/{args.model.replace('/', '-')}-{args.accel}"
     if args.progressive is None:
         args.progressive = args.accel != "none" and args.r_neq_t > 0
-    if args.kappa >= 1:
-        parser.error("--kappa must be below 1: the effective scale is omega / (1 - kappa)")
-    for name in ("cfg_interval", "gap"):
-        interval = getattr(args, name)
-        if interval and interval[0] >= interval[1]:
-            parser.error(f"--{name.replace('_', '-')} LO HI needs LO below HI")
-    if args.accel != "none" and args.r_neq_t == 1:
-        parser.error(f"--accel {args.accel} acts on r = t, and --r-neq-t 1 leaves none; use none")
-    if args.gap and (args.accel == "dtd" or args.r_neq_t == 0):
-        parser.error("--gap needs --accel none or minsnr, and --r-neq-t above 0")
-    if args.progressive and args.r_neq_t == 0:
-        parser.error("--progressive weighs samples with r < t, and --r-neq-t 0 leaves none")
-    if args.v_noise and args.r_neq_t == 1:
-        parser.error("--v-noise acts on samples with r = t, and --r-neq-t 1 leaves none")
+    no_eq, no_neq = args.r_neq_t == 1, args.r_neq_t == 0
+    lo, hi = args.cfg_interval
+    gap_lo, gap_hi = args.gap or (0, 1)
+    for wrong, message in [
+        (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
+        (lo >= hi, "--cfg-interval LO HI needs LO below HI; --omega 1 --kappa 0 is no guidance"),
+        (gap_lo >= gap_hi, "--gap LO HI needs LO below HI"),
+        (args.gap and no_neq, "--gap is of samples with r < t; --r-neq-t 0 leaves none"),
+        (
+            args.gap and args.accel == "dtd",
+            "--gap needs --accel none or minsnr: DTD sets the times",
+        ),
+        (args.accel != "none" and no_eq, "--r-neq-t 1 leaves no r = t samples: use --accel none"),
+        (args.v_noise and no_eq, "--v-noise is for samples with r = t; --r-neq-t 1 leaves none"),
+        (args.progressive and no_neq, "--progressive is for r < t; --r-neq-t 0 leaves none"),
+    ]:
+        if wrong:
+            parser.error(message)
     return args
 
 
@@ -355,7 +355,16 @@ def main(args):
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
-    generator = torch.Generator(device)
+    options = dict(
+        bare=bare,
+        null_label=bare.null_label,
+        omega=args.omega,
+        kappa=args.kappa,
+        cfg_interval=args.cfg_interval,
+        tangent=args.tangent,
+        p=args.adaptive_p,
+        c=args.adaptive_c,
+    )
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     # The pictures of samples/: ten rows of up to ten classes, always from the same noise.
     shown = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
@@ -393,7 +402,7 @@ def main(args):
         if rank == 0 and step > start and (ended or step % args.save_every == 0):
             state = {"net": bare, "ema": ema, "optimizer": optimizer, "pacer": pacer}
             state = {name: thing.state_dict() for name, thing in state.items()}
-            versions = {"torch": torch.__version__, "format": 1}
+            versions = {"torch": str(torch.__version__), "format": 1}
             state |= {"step": step, "args": vars(args), "meta": data.meta, "versions": versions}
             save_checkpoint(last, state)
         if ended:
@@ -405,36 +414,27 @@ def main(args):
             group["lr"] = lr
         stats = torch.zeros(3, device=device)  # of the step: loss, error of v- and of u-samples
         for chunk in chunks:
+            generator = keyed_generator(args.seed, step, chunk, device=device)
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            reseed(generator, args.seed, step, chunk)
             x = images.float() * data.meta["scale"] + data.meta["shift"]  #             (B, C, H, W)
             e = torch.randn(x.shape, generator=generator, device=device)  #             (B, C, H, W)
             y = meanflow.drop_labels(y, bare.null_label, args.label_drop, generator)  #         (B,)
             mass = pacer.mass if args.accel == "dtd" else 1.0
-            t, r = schedules.sample_t_r(
-                num_eq, num_neq, quantile, mass, gap_pairs, generator, device
-            )  #                                                                                (B,)
+            t, r = schedules.sample_t_r(num_eq, num_neq, quantile, mass, gap_pairs, generator)
             alpha, beta = torch.ones_like(t[:num_eq]), torch.ones_like(t[num_eq:])
             if args.accel == "minsnr":
                 alpha = schedules.minsnr(t[:num_eq], args.snr_gamma) / alpha_mean
             if args.progressive:
                 beta = schedules.beta((t - r)[num_eq:], s, lam)
-            v_noise = None
+            weight = torch.cat([alpha, beta])  #                                                (B,)
             if args.v_noise:
-                size = args.v_noise * (e - x).flatten(1).norm(dim=1)
-                v_noise = meanflow.expand(size, x) * torch.randn(
-                    x.shape, generator=generator, device=device
-                )
+                options["v_noise"] = meanflow.corruption(e - x, args.v_noise, generator)
 
-            # Gradients are averaged over ranks once a step, in the last micro-batch's backward.
+            # DDP averages gradients over the ranks in the last backward of a step alone.
             waiting = world > 1 and chunk != chunks[-1]
             with net.no_sync() if waiting else nullcontext():
                 with autocast:
-                    loss, errors = meanflow.loss(
-                        net, x, e, r, t, y, num_neq, torch.cat([alpha, beta]), bare,
-                        bare.null_label, args.omega, args.kappa, args.cfg_interval, args.tangent,
-                        args.adaptive_p, args.adaptive_c, v_noise,
-                    )  # fmt: skip
+                    loss, errors = meanflow.loss(net, x, e, r, t, y, num_neq, weight, **options)
                 (loss / len(chunks)).backward()
             v_error = errors[:num_eq].sum() / max(num_eq, 1)
             u_error = errors[num_eq:].sum() / max(num_neq, 1)

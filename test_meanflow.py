@@ -1,0 +1,765 @@
+"""Every number against something independent: finite differences, closed forms, scipy, torch.
+
+python -m pytest                                             all of it: minutes on two CPU cores
+MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained    how good a finished digit run is
+"""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.integrate
+import scipy.stats
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing import assert_close
+
+import meanflow
+import prepare_latents
+import sample
+import schedules
+import train
+from model import CONDITIONINGS, CONFIGS, Block, DiT, sincos_positions, sinusoids
+
+torch.set_num_threads(1)  # the tensors are tiny
+HERE = Path(__file__).parent
+LOGNORM = partial(schedules.lognorm_quantile, mu=-0.4, sigma=1.0)
+UNIFORM = schedules.uniform_quantile
+
+
+def small_dit(conditioning="t,t-r", seed=0):
+    """A DiT in float64 whose every weight is random: at initialisation most outputs are zero."""
+    torch.manual_seed(seed)
+    net = DiT(2, 4, 3, depth=2, width=16, heads=2, patch=2, conditioning=conditioning).double()
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return net
+
+
+def small_batch(num_eq=5, num_neq=4, seed=1):
+    """x, e, r, t, y, weight in the layout of meanflow.loss, for small_dit; some labels are null."""
+    g = torch.Generator().manual_seed(seed)
+    x, e = torch.randn(2, num_eq + num_neq, 2, 4, 4, generator=g, dtype=torch.float64)
+    t, r = schedules.sample_t_r(num_eq, num_neq, LOGNORM, generator=g)
+    y = torch.arange(num_eq + num_neq) % 4  # 3 is the null label
+    weight = 0.5 + torch.rand(num_eq + num_neq, generator=g, dtype=torch.float64)
+    return x, e, r.double(), t.double(), y, weight
+
+
+def gradients(net, loss):
+    return torch.autograd.grad(loss, list(net.parameters()))
+
+
+# ---------------------------------------------------------------------------- model.py
+
+
+def test_parameter_counts_are_the_papers():
+    counts = {"B/4": 131_165_248, "B/2": 131_091_472, "M/2": 308_019_216, "L/2": 459_137_040}
+    for name, count in (counts | {"XL/2": 676_440_592, "XL/2+": 676_440_592}).items():
+        with torch.device("meta"):
+            net = DiT.from_config(name, channels=4, size=32, num_classes=1000)
+        assert sum(p.numel() for p in net.parameters()) == count, name
+
+
+def test_at_initialisation_blocks_are_the_identity_and_the_output_is_zero():
+    net = DiT.from_config("tiny", channels=1, size=16, num_classes=10)
+    x, c = torch.randn(2, 16, 128), torch.randn(2, 128)
+    for block in net.blocks:
+        assert_close(block(x, c), x, rtol=0, atol=0)
+    t = torch.rand(2)
+    assert not net(torch.randn(2, 1, 16, 16), t / 2, t, torch.tensor([1, 10])).any()
+
+
+def test_embeddings_equal_numpy():
+    t, k = np.array([0.0, 0.3, 1.0]), np.arange(128)
+    args = t[:, None] / 10000 ** (k / 128)
+    expected = np.concatenate([np.cos(args), np.sin(args)], axis=1)
+    assert_close(sinusoids(torch.from_numpy(t), 256).numpy(), expected)
+    grid, width, places = 3, 16, []
+    for row in range(grid):
+        for column in range(grid):
+            halves = []
+            for place in (column, row):
+                args = place / 10000 ** (np.arange(width // 4) / (width // 4))
+                halves += [np.sin(args), np.cos(args)]
+            places.append(np.concatenate(halves))
+    assert_close(sincos_positions(grid, width).numpy(), np.float32(places))
+
+
+def test_a_block_equals_one_built_from_torchs_own_attention():
+    torch.manual_seed(0)
+    block = Block(32, 4)
+    nn.init.normal_(block.adaln[1].weight, std=0.1)
+    peer = nn.MultiheadAttention(32, 4, batch_first=True)
+    peer.in_proj_weight, peer.in_proj_bias = block.attn.qkv.weight, block.attn.qkv.bias
+    peer.out_proj = block.attn.proj
+    x, c = torch.randn(3, 5, 32), torch.randn(3, 32)
+    shift1, scale1, gate1, shift2, scale2, gate2 = block.adaln(c).view(3, 6, 1, 32).unbind(1)
+    h = F.layer_norm(x, (32,), eps=1e-6) * (1 + scale1) + shift1
+    expected = x + gate1 * peer(h, h, h, need_weights=False)[0]
+    h = F.layer_norm(expected, (32,), eps=1e-6) * (1 + scale2) + shift2
+    expected = expected + gate2 * block.mlp[2](F.gelu(block.mlp[0](h), approximate="tanh"))
+    assert_close(block(x, c), expected)
+
+
+def test_patches_are_cut_like_a_strided_convolution_and_put_back_in_place():
+    net = small_dit().float()
+    z = torch.randn(2, 2, 4, 4)
+    kernel = net.patch_embed.weight.view(16, 2, 2, 2)
+    tokens = F.conv2d(z, kernel, net.patch_embed.bias, stride=2).flatten(2).mT + net.pos_embed
+    seen = []
+    net.blocks[0].register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    net.final.forward = lambda x, c: torch.arange(4 * 8.0).view(1, 4, 8).expand(2, 4, 8)
+    out = net(z, torch.zeros(2), torch.ones(2), torch.zeros(2, dtype=torch.long))
+    assert_close(seen[0], tokens)
+    for i in range(4):  # pixel (row, column) of channel k comes from its patch, value (p q c)
+        for j in range(4):
+            patch, inside = (i // 2) * 2 + j // 2, (i % 2) * 2 + j % 2
+            assert out[0, :, i, j].tolist() == [patch * 8 + inside * 2 + k for k in range(2)]
+
+
+# ---------------------------------------------------------------------------- meanflow.py
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+@pytest.mark.parametrize("tangent", [(0.0, 1.0), (1.0, 0.0)])
+def test_the_jvp_equals_central_finite_differences(conditioning, tangent):
+    net, (x, e, r, t, y, _) = small_dit(conditioning), small_batch()
+    z, v = meanflow.interpolate(x, e, t)
+    dudt = meanflow.total_derivative(net, z, r, t, y, v, tangent)
+    h, (dr, dt) = 1e-6, tangent
+    with torch.no_grad():
+        ahead = net(z + h * v, r + h * dr, t + h * dt, y)
+        behind = net(z - h * v, r - h * dr, t - h * dt, y)
+    assert dudt.abs().mean() > 0.1
+    assert_close(dudt, (ahead - behind) / (2 * h), rtol=1e-6, atol=1e-7)
+
+
+def textbook_loss(net, x, e, r, t, y, weight, omega, kappa, cfg_interval, p, c):
+    """Algorithm 1 with Eq. 21 and 22 as they stand: JVP with a graph over the whole batch."""
+    t4, r4 = t[:, None, None, None], r[:, None, None, None]
+    z, v = (1 - t4) * x + t4 * e, e - x
+    mix = omega * v + kappa * net(z, t, t, y) + (1 - omega - kappa) * net(z, t, t, 0 * y + 3)
+    guided = (t >= cfg_interval[0]) & (t <= cfg_interval[1]) & (y != 3)
+    v = torch.where(guided[:, None, None, None], mix, v).detach()
+    with sdpa_kernel(SDPBackend.MATH):
+        u, dudt = torch.func.jvp(
+            lambda z, r, t: net(z, r, t, y),
+            (z, r, t),
+            (v, torch.zeros_like(r), torch.ones_like(t)),
+        )
+    delta = u - (v - (t4 - r4) * dudt).detach()
+    square = (delta**2).sum((1, 2, 3))
+    return (weight * square / (square.detach() + c) ** p).mean(), square.detach() / 32
+
+
+@pytest.mark.parametrize(
+    ("omega", "kappa", "cfg_interval"),
+    [(1, 0, (0, 1)), (2, 0, (0, 1)), (1, 0.5, (0, 1)), (0.2, 0.92, (0.3, 0.6))],
+)
+def test_the_economical_step_equals_the_textbook(omega, kappa, cfg_interval):
+    net, (x, e, r, t, y, weight) = small_dit(), small_batch(12, 8)
+    inside = (t >= cfg_interval[0]) & (t <= cfg_interval[1])
+    assert inside.any()
+    assert cfg_interval == (0, 1) or not inside.all()
+    options = dict(omega=omega, kappa=kappa, cfg_interval=cfg_interval, p=0.75, c=0.01)
+    loss, errors = meanflow.loss(net, x, e, r, t, y, 8, weight, null_label=3, **options)
+    expected, expected_errors = textbook_loss(net, x, e, r, t, y, weight, **options)
+    assert_close(errors, expected_errors, rtol=1e-12, atol=0)  # squared distance to the target
+    assert_close(loss, expected, rtol=1e-12, atol=0)
+    for ours, theirs in zip(gradients(net, loss), gradients(net, expected), strict=True):
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_with_r_equal_t_the_loss_is_flow_matching():
+    net, (x, e, r, t, y, _) = small_dit(), small_batch(9, 0)
+    loss, errors = meanflow.loss(net, x, e, r, t, y, 0, 1.0, p=0)
+    z = x + t[:, None, None, None] * (e - x)
+    expected = F.mse_loss(net(z, t, t, y), e - x) * 32
+    assert_close(loss, expected)
+    assert_close(errors.mean() * 32, expected.detach())
+    for ours, theirs in zip(gradients(net, loss), gradients(net, expected), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_no_gradient_flows_through_the_target():
+    """The target of a frozen copy of the network gives the same gradient."""
+    net, (x, e, r, t, y, _) = small_dit(), small_batch(0, 9)
+    loss, _ = meanflow.loss(net, x, e, r, t, y, 9, 1.0, p=0, omega=2.0, null_label=3)
+    frozen = copy.deepcopy(net)
+    for parameter in frozen.parameters():
+        parameter.requires_grad_(False)
+    z, v = meanflow.interpolate(x, e, t)
+    mix = 2 * v - frozen(z, t, t, torch.full_like(y, 3))
+    v = torch.where((y != 3)[:, None, None, None], mix, v)
+    dudt = meanflow.total_derivative(frozen, z, r, t, y, v)
+    u_tgt = v - (t - r)[:, None, None, None] * dudt
+    expected = (net(z, r, t, y) - u_tgt).square().sum((1, 2, 3)).mean()
+    for ours, theirs in zip(gradients(net, loss), gradients(net, expected), strict=True):
+        assert_close(ours, theirs)
+
+
+def test_alpha_and_beta_multiply_after_the_adaptive_weight():
+    """With p = 1 a weight inside the adaptive statistic would cancel out of the loss."""
+    net, (x, e, r, t, y, weight) = small_dit(), small_batch()
+    loss, _ = meanflow.loss(net, x, e, r, t, y, 4, weight, p=1, c=1e-12)
+    assert_close(loss, weight.mean())
+
+
+def test_the_v_noise_reaches_the_targets_with_r_equal_t_alone():
+    net, (x, e, r, t, y, _) = small_dit(), small_batch()
+    g = torch.Generator().manual_seed(0)
+    noise = meanflow.corruption(e - x, 0.03, g)
+    assert_close(
+        (noise.square().mean() / (e - x).square().mean()).item(), 32 * 0.03**2, rtol=0.3, atol=0
+    )
+    clean, noisy = (meanflow.loss(net, x, e, r, t, y, 4, 1.0, v_noise=n)[1] for n in (None, noise))
+    assert (clean[:5] != noisy[:5]).all()
+    assert_close(clean[5:], noisy[5:])
+
+
+class GaussianFlow:
+    """Data N(m, d^2) in closed form: z_t = (1 - t) m + s_t xi, s_t^2 = (1 - t)^2 d^2 + t^2."""
+
+    m, d = 0.7, 0.4
+
+    def s(self, t):
+        return ((1 - t) ** 2 * self.d**2 + t**2).sqrt()
+
+    def velocity(self, z, t):
+        slope = (t - (1 - t) * self.d**2) / self.s(t) ** 2
+        return -self.m + slope * (z - (1 - t) * self.m)
+
+    def __call__(self, z, r, t, y=None):
+        """The exact average velocity (z_t - z_r) / (t - r), or the velocity where r = t."""
+        r, t = r.view(-1, 1, 1, 1), t.view(-1, 1, 1, 1)
+        z_r = (1 - r) * self.m + self.s(r) / self.s(t) * (z - (1 - t) * self.m)
+        gap = torch.where(r == t, 1, t - r)
+        return torch.where(r == t, self.velocity(z, t), (z - z_r) / gap)
+
+
+def test_the_exact_average_velocity_is_a_fixed_point_of_the_target():
+    flow, g = GaussianFlow(), torch.Generator().manual_seed(0)
+    z = torch.randn(64, 1, 2, 2, generator=g, dtype=torch.float64)
+    t = 0.05 + 0.95 * torch.rand(64, generator=g, dtype=torch.float64)
+    r = t * torch.rand(64, generator=g, dtype=torch.float64)
+    v = flow.velocity(z, t.view(-1, 1, 1, 1))
+    dudt = meanflow.total_derivative(flow, z, r, t, None, v)
+    assert_close(meanflow.target(v, r, t, dudt), flow(z, r, t), rtol=0, atol=1e-10)
+    assert (meanflow.target(v, r, t, 0 * dudt) - flow(z, r, t)).abs().mean() > 0.1
+
+
+def test_sampling_with_the_exact_fields_arrives_at_the_data():
+    flow, e = GaussianFlow(), torch.randn(1000, 1, 2, 2, dtype=torch.float64)
+    exact = flow.m + flow.d * e
+    assert_close(meanflow.sample(flow, e, None), exact)
+    assert_close(meanflow.sample(flow, e, None, nfe=5), exact)
+    assert_close(meanflow.sample(flow, e, None, times=[1, 0.8, 0.1, 0]), exact)
+    euler = [meanflow.sample(flow, e, None, nfe=n, velocity=True) for n in (100, 200)]
+    errors = [(x - exact).square().mean().sqrt().item() for x in euler]
+    assert errors[0] < 0.02
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.1)  # first order
+
+
+def test_a_network_trained_on_gaussian_data_learns_the_closed_form():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mlp = nn.Sequential(
+                nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 1)
+            )
+
+        def forward(self, z, r, t, y):
+            inputs = torch.cat([z.flatten(1), t[:, None], (t - r)[:, None]], dim=1)
+            return self.mlp(inputs).view_as(z)
+
+    torch.manual_seed(0)
+    net, flow, steps = Net(), GaussianFlow(), 3500
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    y = torch.zeros(512, dtype=torch.long)
+    for _ in range(steps):
+        x = flow.m + flow.d * torch.randn(512, 1, 1, 1)
+        t, r = schedules.sample_t_r(128, 384, UNIFORM)
+        loss, _ = meanflow.loss(net, x, torch.randn_like(x), r, t, y, 384, 1.0, p=0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    e = torch.randn(20_000, 1, 1, 1)
+    with torch.no_grad():
+        for r, t in [(0.0, 1.0), (0.2, 0.9), (0.5, 0.5), (0.3, 0.6)]:
+            r, t = torch.full((20_000,), r), torch.full((20_000,), t)
+            z, _ = meanflow.interpolate(flow.m + flow.d * torch.randn_like(e), e, t)
+            exact = flow(z, r, t)
+            assert (net(z, r, t, None) - exact).square().mean() < 0.02 * exact.var()
+    x = meanflow.sample(net, e, None)
+    assert x.mean().item() == pytest.approx(flow.m, abs=0.03)
+    assert x.std().item() == pytest.approx(flow.d, abs=0.03)
+
+
+def test_labels_are_dropped_at_their_rate_and_only_to_the_null_label():
+    y = torch.arange(100_000) % 10
+    dropped = meanflow.drop_labels(y, 10, 0.1, torch.Generator().manual_seed(0))
+    assert (dropped == 10).double().mean().item() == pytest.approx(0.1, abs=0.004)
+    assert (dropped[dropped != 10] == y[dropped != 10]).all()
+
+
+# ---------------------------------------------------------------------------- schedules.py
+
+
+def logit_normal(mu, sigma):
+    """(density, distribution function) of sigmoid(N(mu, sigma^2)), by scipy."""
+    normal = scipy.stats.norm(mu, sigma)
+    logit = scipy.special.logit
+    return lambda t: normal.pdf(logit(t)) / (t * (1 - t)), lambda t: normal.cdf(logit(t))
+
+
+@pytest.mark.parametrize(("mu", "sigma"), [(-0.4, 1.0), (-2.0, 2.0), (-0.2, 1.2)])
+def test_the_constants_of_alpha_and_beta_equal_quadrature(mu, sigma):
+    pdf, cdf = logit_normal(mu, sigma)
+    quantile = partial(schedules.lognorm_quantile, mu=mu, sigma=sigma)
+
+    def quad(f):
+        return scipy.integrate.quad(f, 0, 1, points=[0.01, 0.1, 0.5, 0.9, 0.99], limit=500)[0]
+
+    # E|X - Y| = 2 times the integral of F (1 - F); the larger of two has density 2 F p.
+    gap = quad(lambda t: 2 * cdf(t) * (1 - cdf(t)))
+    alpha = quad(lambda t: min((1 - t) ** 2, 5 * t**2) * 2 * cdf(t) * pdf(t))
+    assert schedules.beta_lambda(schedules.time_pairs(quantile)) == pytest.approx(
+        1 / (1 - gap), rel=3e-5
+    )
+    assert schedules.minsnr_mean(quantile, gamma=5.0) == pytest.approx(alpha, rel=1e-5)
+    if (mu, sigma) == (-0.4, 1.0):
+        assert (gap, alpha) == pytest.approx((0.23342, 0.21548), abs=1e-5)
+
+
+def test_lambda_for_uniform_times_and_for_a_range_of_gaps():
+    """Uniform: the gap has density 2 (1 - g), so its mean is 1 / 3."""
+    assert schedules.beta_lambda(schedules.time_pairs(UNIFORM)) == pytest.approx(1.5, rel=1e-5)
+    top = scipy.integrate.quad(lambda g: g * 2 * (1 - g), 0.3, 0.5)[0]
+    bottom = scipy.integrate.quad(lambda g: 2 * (1 - g), 0.3, 0.5)[0]
+    pairs = schedules.time_pairs(UNIFORM, (0.3, 0.5))
+    assert schedules.beta_lambda(pairs) == pytest.approx(1 / (1 - top / bottom), rel=1e-3)
+    assert not schedules.time_pairs(LOGNORM, (0.999, 1.0)).numel()
+
+
+def test_beta_has_mean_one_at_the_start_and_is_one_at_the_end():
+    t, r = schedules.time_pairs(LOGNORM)
+    lam = schedules.beta_lambda((t, r))
+    assert_close(schedules.beta(t - r, 1.0, lam).mean().item(), 1.0)
+    assert schedules.beta(torch.tensor(0.1), 1.0, lam) > schedules.beta(torch.tensor(0.5), 1.0, lam)
+    assert (schedules.beta(t - r, 0.0, lam) == 1).all()
+    assert [schedules.training_progress(i, 4, 2) for i in (0, 2, 4)] == [1, 0.75, 0]
+
+
+def test_alpha_is_min_snr_of_the_x_loss_in_velocity_terms():
+    """Errors of x and of v from the same prediction, weighed by min(SNR, 5) and by minsnr."""
+    g = torch.Generator().manual_seed(0)
+    x, e, v_hat = torch.randn(3, 1000, generator=g, dtype=torch.float64)
+    t = 0.01 + 0.98 * torch.rand(1000, generator=g, dtype=torch.float64)
+    z = (1 - t) * x + t * e
+    x_hat = z - t * v_hat
+    snr = ((1 - t) / t) ** 2
+    expected = snr.clamp(max=5) * (x_hat - x) ** 2
+    assert_close(schedules.minsnr(t, 5.0) * (v_hat - (e - x)) ** 2, expected)
+
+
+@pytest.mark.parametrize("mass", [1 / 20, 7 / 20, 1.0])
+@pytest.mark.parametrize("sigma", [1.0, 2.0])
+def test_times_follow_the_truncated_logit_normal(mass, sigma):
+    """Kolmogorov-Smirnov against scipy: pairs with r < t pooled are the base distribution's upper
+    end, and times with r = t the larger of two draws from it."""
+    quantile = partial(schedules.lognorm_quantile, mu=-0.4, sigma=sigma)
+    g = torch.Generator().manual_seed(0)
+    t, r = schedules.sample_t_r(20_000, 20_000, quantile, torch.tensor(mass), generator=g)
+    _, cdf = logit_normal(-0.4, sigma)
+
+    def truncated(x):
+        return np.clip((cdf(x) - (1 - mass)) / mass, 0, 1)
+
+    pooled = torch.cat([t[20_000:], r[20_000:]]).double().numpy()
+    assert scipy.stats.kstest(pooled, truncated).pvalue > 0.01
+    assert (
+        scipy.stats.kstest(t[:20_000].double().numpy(), lambda x: truncated(x) ** 2).pvalue > 0.01
+    )
+    assert scipy.stats.kstest(t[20_000:].double().numpy(), truncated).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("name", schedules.TIME_SAMPLERS)
+def test_r_equals_t_first_and_is_less_after(name):
+    quantile = schedules.TIME_SAMPLERS[name]
+    t, r = schedules.sample_t_r(75, 25, quantile, generator=torch.Generator().manual_seed(0))
+    assert (r[:75] == t[:75]).all()
+    assert (r[75:] < t[75:]).all()
+    assert (r >= 0).all()
+    assert (t <= 1).all()
+
+
+def test_a_range_of_gaps_holds_for_the_samples_with_r_less_than_t():
+    pairs = schedules.time_pairs(LOGNORM, (0.7, 0.9)).float()
+    t, r = schedules.sample_t_r(500, 500, LOGNORM, pairs=pairs)
+    gaps = (t - r)[500:]
+    assert ((gaps >= 0.7 - 1e-6) & (gaps <= 0.9 + 1e-6)).all()
+    assert gaps.std() > 0.01
+    assert (r[:500] == t[:500]).all()
+
+
+def test_the_pacer_moves_on_after_patience_steps_without_progress():
+    def stages(losses, pacer):
+        for step, loss in enumerate(losses):
+            pacer.update(torch.tensor(loss), step)
+            yield int(pacer.stage)
+
+    new = partial(schedules.DTD, clusters=4, patience=10, cap=10_000)
+    # A stage's first loss is its best so far; ten more that are no better end it.
+    expected = [1] * 10 + [2] * 11 + [3] * 11 + [4] * 100
+    assert list(stages([1.0] * 132, new())) == expected
+    assert list(stages([1000.0 - step for step in range(200)], new())) == [1] * 200
+    # One dip of the smoothed loss starts the count again.
+    assert list(stages([1.0] * 9 + [0.0] + [1.0] * 10, new())) == [1] * 19 + [2]
+    # A copy goes on where the state was taken.
+    pacer, copied = new(), new()
+    list(stages([1.0] * 17, pacer))
+    copied.load_state_dict(pacer.state_dict())
+    assert list(stages([1.0] * 50, copied)) == list(stages([1.0] * 50, pacer)) == expected[17:67]
+    assert (pacer.mass, new().mass) == (1, 0.25)
+
+
+def test_the_pacer_is_through_by_its_cap_however_well_it_goes():
+    pacer = schedules.DTD(clusters=20, patience=10, cap=100)
+    stages = [1]
+    for step in range(150):  # stages[i]: in use at step i
+        pacer.update(torch.tensor(1000.0 - step), step)
+        stages.append(int(pacer.stage))
+    assert stages[:101] == [1 + 19 * step // 100 for step in range(101)]
+    assert stages[100:] == [20] * 51
+
+
+# ---------------------------------------------------------------------------- data
+
+
+@pytest.fixture(scope="session")
+def glyphs(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "glyphs"
+    prepare_latents.write_glyphs(path, count=200)
+    return path
+
+
+def test_the_built_in_pictures_are_deterministic_balanced_and_varied(glyphs, tmp_path):
+    prepare_latents.write_glyphs(tmp_path / "again", count=200)
+    prepare_latents.write_glyphs(tmp_path / "other", count=200, seed=1)
+    data, again, other = (
+        prepare_latents.Dataset(path) for path in (glyphs, tmp_path / "again", tmp_path / "other")
+    )
+    assert (data.images[:] == again.images[:]).all()
+    assert len(np.unique(np.concatenate([data.images[:], other.images[:]]), axis=0)) == 400
+    assert np.bincount(data.labels).tolist() == [20] * 10
+    images, labels = data.__getitems__([3, 195])
+    assert labels.tolist() == [3, 5]
+    assert (images.numpy() == data.images[[3, 195]]).all()
+    assert (images == 0).any()
+    assert (images > 240).any()
+
+
+def test_a_folder_of_images_is_stored_pixel_by_pixel(tmp_path):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+    for i, picture in enumerate(pictures):
+        folder = tmp_path / "images" / ["cat", "dög with space"][i % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture).save(folder / f"{i}.png")
+    argv = [str(tmp_path / "images"), "--out", str(tmp_path / "set"), "--size", "8"]
+    prepare_latents.main(prepare_latents.parse_args(argv))
+    data = prepare_latents.Dataset(tmp_path / "set")
+    assert data.meta["classes"] == ["cat", "dög with space"]
+    assert data.labels.tolist() == [0, 0, 1, 1]
+    assert (data.images[:] == pictures[[0, 2, 1, 3]].transpose(0, 3, 1, 2)).all()
+    with pytest.raises(SystemExit):  # a second run does not write over it
+        prepare_latents.parse_args(argv)
+
+
+def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, capsys):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for name in "123":
+        Image.new("L", (20, 9), 77).save(tmp_path / "images" / "a" / f"{name}.png")
+    (tmp_path / "images" / "a" / "2.png").write_bytes(b"not a picture")
+    argv = [str(tmp_path / "images"), "--out", str(tmp_path / "set"), "--size", "4"]
+    with pytest.raises(SystemExit, match=r"2\.png.*--skip-unreadable"):
+        prepare_latents.main(prepare_latents.parse_args(argv))
+    with pytest.raises(ValueError, match="no whole dataset"):
+        prepare_latents.Dataset(tmp_path / "set")
+    prepare_latents.main(prepare_latents.parse_args([*argv, "--skip-unreadable"]))
+    assert "1 of 3 files" in capsys.readouterr().out
+    data = prepare_latents.Dataset(tmp_path / "set")
+    assert data.images.shape == (2, 3, 4, 4)
+    assert (data.images[:] == 77).all()
+
+
+@pytest.mark.parametrize("fault", ["images", "labels", "meta"])
+def test_a_damaged_dataset_is_refused_in_one_line(glyphs, tmp_path, fault):
+    data = prepare_latents.Dataset(glyphs)
+    np.save(tmp_path / "images.npy", data.images[:100] if fault == "images" else data.images)
+    np.save(tmp_path / "labels.npy", data.labels + (fault == "labels"))
+    (tmp_path / "meta.json").write_text(json.dumps(data.meta)[: 20 if fault == "meta" else None])
+    with pytest.raises(ValueError, match=f"{fault}|whole") as error:
+        prepare_latents.Dataset(tmp_path)
+    assert "\n" not in str(error.value)
+
+
+def test_the_data_order_visits_every_sample_once_an_epoch_on_any_number_of_ranks():
+    count, batch, micro = 40, 12, 4
+    order = [
+        train.chunk_indices(step, chunk, micro, batch, count, seed=3)
+        for step in range(10)
+        for chunk in range(batch // micro)
+    ]
+    stream = np.concatenate(order)
+    for epoch in range(3):
+        assert sorted(stream[epoch * count : (epoch + 1) * count]) == list(range(count))
+    assert (stream[:count] != stream[count : 2 * count]).any()
+    assert (train.chunk_indices(4, 0, batch, batch, count, 3) == stream[48:60]).all()
+
+
+# ---------------------------------------------------------------------------- train.py
+
+
+def run(data, out, *flags):
+    """train.main on the small glyphs; returns the checkpoint."""
+    argv = ["--data", data, "--out", out, "--batch-size", 8, "--log-every", 1, *flags]
+    train.main(train.parse_args([str(flag) for flag in argv]))
+    return torch.load(out / "last.pt", weights_only=True)
+
+
+def metrics(out):
+    return [json.loads(row) for row in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--accel", accel] for accel in ("none", "minsnr", "dtd")]
+    + [["--conditioning", conditioning] for conditioning in CONDITIONINGS]
+    + [
+        ["--dtype", "bfloat16"],
+        ["--time-sampler", "uniform", "--omega", "1", "--kappa", "0"],
+        ["--r-neq-t", "0", "--accel", "dtd"],
+        ["--r-neq-t", "1", "--accel", "none", "--gap", "0.1", "0.3"],
+        ["--v-noise", "0.03", "--tangent", "1", "1", "--warmup", "10", "--workers", "1"],
+    ],
+)
+def test_two_steps_train(glyphs, tmp_path, flags):
+    state = run(glyphs, tmp_path, "--steps", 2, *flags)
+    start = DiT.from_config("tiny", 1, 16, 10, conditioning=state["args"]["conditioning"])
+    assert state["step"] == 2
+    assert any((state["net"][k] != v).any() for k, v in start.state_dict().items() if "final" in k)
+    assert all(value.isfinite().all() for value in state["ema"].values())
+    assert [row["step"] for row in metrics(tmp_path)] == [1, 2]
+    assert (tmp_path / "progress.png").exists()
+
+
+def test_defaults_of_a_named_model_are_the_papers():
+    args = train.parse_args(["--model", "XL/2", "--accel", "dtd", "--data", "DIR"])
+    expected = dict(epochs=240, batch_size=256, lr=1e-4, adam_beta2=0.95, ema_decay=0.9999,
+                    omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.75), label_drop=0.1, r_neq_t=0.25,
+                    time_mu=-0.4, time_sigma=1.0, adaptive_p=1.0, warmup=0, progressive=True,
+                    tangent=[0.0, 1.0], steps=None, conditioning="t,t-r")  # fmt: skip
+    assert vars(args) | expected == vars(args)
+    assert train.parse_args(["--model", "XL/2+"]).cfg_interval == (0.3, 0.8)
+    assert train.parse_args(["--model", "L/2"]).cfg_interval == (0.0, 0.8)
+    assert train.parse_args(["--model", "B/4", "--kappa", "0"]).kappa == 0
+    assert not train.parse_args(["--accel", "none"]).progressive
+    assert CONFIGS.keys() == train.RECIPES.keys()
+
+
+@pytest.mark.parametrize("accel", ["none", "minsnr", "dtd"])
+def test_a_killed_run_resumes_to_the_same_weights(glyphs, tmp_path, monkeypatch, accel):
+    flags = ("--steps", 5, "--save-every", 2, "--accel", accel, "--micro-batch-size", 4)
+    whole = run(glyphs, tmp_path / "whole", *flags)
+    calls, loss = iter(range(100)), meanflow.loss
+
+    def killed(*args, **kwargs):
+        if next(calls) == 7:  # in the second micro-batch of the fourth step
+            raise KeyboardInterrupt
+        return loss(*args, **kwargs)
+
+    monkeypatch.setattr(meanflow, "loss", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run(glyphs, tmp_path / "killed", *flags)
+    monkeypatch.undo()
+    assert torch.load(tmp_path / "killed" / "last.pt", weights_only=True)["step"] == 2
+    resumed = run(glyphs, tmp_path / "killed", *flags)
+    for part in ("net", "ema", "pacer"):
+        assert_close(resumed[part], whole[part], rtol=0, atol=0)
+    assert_close(resumed["optimizer"]["state"], whole["optimizer"]["state"], rtol=0, atol=0)
+    rows = [metrics(tmp_path / name) for name in ("whole", "killed")]
+    for row in rows[0] + rows[1]:
+        del row["images_per_second"]
+    assert rows[0] == rows[1]
+
+
+def test_a_diverging_run_stops_with_its_step_and_keeps_the_checkpoint(
+    glyphs, tmp_path, monkeypatch
+):
+    calls, loss = iter(range(100)), meanflow.loss
+
+    def diverging(*args, **kwargs):
+        value, errors = loss(*args, **kwargs)
+        return value * (float("nan") if next(calls) == 3 else 1), errors
+
+    monkeypatch.setattr(meanflow, "loss", diverging)
+    with pytest.raises(SystemExit, match="step 3"):
+        run(glyphs, tmp_path, "--steps", 6, "--save-every", 2)
+    state = torch.load(tmp_path / "last.pt", weights_only=True)
+    assert state["step"] == 2
+    assert all(value.isfinite().all() for value in state["net"].values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--model", "B/3"], "--model"),
+        (["--lr", "fast"], "--lr"),
+        (["--lr", "-1"], "--lr"),
+        (["--r-neq-t", "1.5"], "--r-neq-t"),
+        (["--kappa", "1"], "--kappa"),
+        (["--cfg-interval", "0.8", "0.2"], "--cfg-interval"),
+        (["--accel", "dtd", "--r-neq-t", "1"], "--accel none"),
+        (["--gap", "0.1", "0.3"], "--gap"),
+        (["--steps", "5", "--epochs", "1"], "--epochs"),
+        (["--data", "nowhere"], "nowhere"),
+        (["--micro-batch-size", "3"], "--batch-size"),
+        (["--batch-size", "1"], "--r-neq-t"),
+        (["--init-from", "nothing.pt"], "nothing.pt"),
+        (["--accel", "none", "--gap", "0.9999", "1"], "--gap"),
+        (["--unknown", "1"], "--unknown"),
+        (["--model", "B/4", "--data", "GLYPHS10"], "patch"),
+    ],
+)
+def test_bad_flags_end_in_one_clear_line(glyphs, tmp_path, capsys, flags, words):
+    if "GLYPHS10" in flags:
+        prepare_latents.write_glyphs(tmp_path / "ten", count=10, size=10)
+        flags = [str(tmp_path / "ten") if flag == "GLYPHS10" else flag for flag in flags]
+    argv = ["--data", str(glyphs), "--out", str(tmp_path / "out"), "--dry-run", *flags]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        train.main(train.parse_args(argv))
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("train.py: error: ")
+    assert words in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_resumed_by_another_command(glyphs, tmp_path, capsys):
+    run(glyphs, tmp_path, "--steps", 1)
+    with pytest.raises(SystemExit):
+        run(glyphs, tmp_path, "--steps", 2, "--lr", "0.5")
+    assert "--lr was 0.002, not 0.5" in capsys.readouterr().err
+    assert run(glyphs, tmp_path, "--steps", 2)["step"] == 2
+
+
+def distributed_gradients(rank, port, folder):
+    """One of two gloo ranks: gradients of its half of the batch, through DDP, in two halves."""
+    os.environ |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank))
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=2)
+    net = small_dit()
+    ddp = nn.parallel.DistributedDataParallel(net)
+    for micro in range(2):
+        x, e, r, t, y, weight = small_batch(seed=10 + 2 * micro + rank)
+        with ddp.no_sync() if micro == 0 else torch.enable_grad():
+            loss, _ = meanflow.loss(
+                ddp, x, e, r, t, y, 4, weight, net, null_label=3, kappa=0.5, p=0.5
+            )
+            (loss / 2).backward()
+    torch.save([p.grad for p in net.parameters()], folder / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_with_accumulation_give_the_gradients_of_the_whole_batch(tmp_path):
+    port = np.random.default_rng().integers(20_000, 60_000)
+    torch.multiprocessing.spawn(distributed_gradients, (port, tmp_path), nprocs=2)
+    parts = [small_batch(seed=seed) for seed in (10, 12, 11, 13)]
+    rows = [
+        torch.cat([p[:5] for p in part] + [p[5:] for p in part])
+        for part in zip(*parts, strict=True)
+    ]
+    net = small_dit()
+    x, e, r, t, y, weight = rows
+    loss, _ = meanflow.loss(net, x, e, r, t, y, 16, weight, null_label=3, kappa=0.5, p=0.5)
+    whole = gradients(net, loss)
+    for rank in range(2):
+        for ours, his in zip(whole, torch.load(tmp_path / f"{rank}.pt"), strict=True):
+            assert_close(ours, his, rtol=1e-10, atol=1e-13)
+
+
+def test_torchrun_on_two_ranks_trains_like_one_rank_that_accumulates(glyphs, tmp_path):
+    flags = ["--steps", "3", "--micro-batch-size", "4", "--log-every", "1", "--batch-size", "8"]
+    one = run(glyphs, tmp_path / "one", *flags)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, HERE / "train.py", "--data", glyphs, "--out", tmp_path / "two", *flags]
+    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    two = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    rows = [metrics(tmp_path / name) for name in ("one", "two")]
+    for mine, his in zip(*rows, strict=True):
+        for key in ("loss", "v_error", "u_error", "grad_norm"):
+            assert mine[key] == pytest.approx(his[key], rel=1e-3)
+    assert_close(two["net"], one["net"], rtol=0, atol=1e-3)
+
+
+# ---------------------------------------------------------------------------- sample.py
+
+
+def test_a_picture_depends_on_its_seed_and_index_alone(glyphs, tmp_path):
+    run(glyphs, tmp_path, "--steps", 5, "--warmup", 0, "--ema-decay", 0)
+    checkpoint = str(tmp_path / "last.pt")
+
+    def draw(name, *flags):
+        argv = [checkpoint, "--out", str(tmp_path / name), "--num", "12", *flags]
+        sample.main(sample.parse_args(argv))
+        return tmp_path / name
+
+    whole = np.load(draw("a.npz"))["arr_0"]
+    parts = np.load(draw("b.npz", "--batch-size", "5"))["arr_0"]
+    assert whole.shape == (12, 16, 16, 1)
+    assert whole.dtype == np.uint8
+    assert np.abs(whole.astype(int) - parts).max() <= 1  # rounding of another batch size
+    assert (np.load(draw("c.npz", "--seed", "1"))["arr_0"] != whole).mean() > 0.5
+    folder = draw("pictures")
+    files = sorted(folder.iterdir())
+    assert [file.name for file in files] == [f"{i:06d}.png" for i in range(12)]
+    assert (np.stack([np.asarray(Image.open(file)) for file in files]) == whole[..., 0]).all()
+    grid = np.asarray(Image.open(draw("grid.png", "--classes", "3", "5")))
+    assert grid.shape == (6 * 64, 2 * 64)
+    for flags in (["--nfe", "4"], ["--nfe", "4", "--velocity"]):
+        assert (np.load(draw("d.npz", *flags))["arr_0"] != whole).any()
+    e = sample.noise(range(1000), (1, 4, 4), seed=5).flatten().double().numpy()
+    assert scipy.stats.kstest(e, "norm").pvalue > 0.01
+
+
+@pytest.mark.parametrize(
+    "flags", [["--classes", "10"], ["--num", "0"], ["--nfe", "0"], ["no-checkpoint"]]
+)
+def test_bad_flags_of_sampling_end_in_one_clear_line(glyphs, tmp_path, capsys, flags):
+    run(glyphs, tmp_path, "--steps", 1)
+    checkpoint = [] if flags == ["no-checkpoint"] else [str(tmp_path / "last.pt")]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        sample.parse_args([*checkpoint, "--out", str(tmp_path / "x.png"), *flags])
+    assert stop.value.code == 2
+    assert flags[0] in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_rounding_is_the_papers():
+    x = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0])
+    assert sample.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 255]
+    levels = torch.arange(256)
+    assert (sample.to_uint8(levels / 127.5 - 1) == levels).all()
