@@ -763,3 +763,73 @@ def test_rounding_is_the_papers():
     assert sample.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 255]
     levels = torch.arange(256)
     assert (sample.to_uint8(levels / 127.5 - 1) == levels).all()
+
+
+# ---------------------------------------------------------------------------- a finished run
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory):
+    """A small convolutional network that names the digits of the built-in pictures."""
+    path = tmp_path_factory.mktemp("classifier")
+    prepare_latents.write_glyphs(path / "train", count=10_000, seed=10)
+    prepare_latents.write_glyphs(path / "test", count=2000, seed=11)
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 64, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Flatten(), nn.Linear(64 * 4 * 4, 10),
+    )  # fmt: skip
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    data = prepare_latents.Dataset(path / "train")
+    for _ in range(3):
+        for indices in torch.randperm(len(data)).split(100):
+            images, labels = data.__getitems__(indices.numpy())
+            loss = F.cross_entropy(net(images / 255), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    held_out = prepare_latents.Dataset(path / "test").__getitems__(range(2000))
+    assert accuracy(net, *held_out) > 0.99
+    return net, held_out
+
+
+@torch.no_grad()
+def accuracy(net, images, labels):
+    return (net(images / 255).argmax(1) == labels).double().mean().item()
+
+
+def spread(images, labels):
+    """Mean distance between two pictures of a class, averaged over the classes."""
+    groups = [images[labels == k][:100].flatten(1).double() for k in range(10)]
+    return np.mean([torch.nn.functional.pdist(group).mean().item() for group in groups])
+
+
+@pytest.mark.skipif("MEANFLOW_RUN" not in os.environ, reason="MEANFLOW_RUN names no finished run")
+def test_a_trained_run_draws_the_digits_it_is_asked_for(classifier):
+    """1,000 one-step samples, and the errors at a fixed set of held-out (x, e, r, t)."""
+    net, state = sample.load_checkpoint(Path(os.environ["MEANFLOW_RUN"]) / "last.pt")
+    judge, (real, real_labels) = classifier
+    labels = torch.arange(1000) % 10
+    drawn = {
+        nfe: torch.cat(list(sample.draw(net, labels.tolist(), seed=1, nfe=nfe))) for nfe in (1, 2)
+    }
+    one, two = (accuracy(judge, drawn[nfe], labels) for nfe in (1, 2))
+    variety = spread(drawn[1], labels) / spread(real, real_labels)
+
+    g = torch.Generator().manual_seed(0)
+    t, r = schedules.sample_t_r(1000, 1000, LOGNORM, generator=g)
+    e = torch.randn(real.shape, generator=g)
+    args = state["args"]
+    with torch.no_grad():
+        _, errors = meanflow.loss(
+            net, real / 127.5 - 1, e, r, t, real_labels, 1000, 1.0, null_label=10,
+            omega=args["omega"], kappa=args["kappa"], cfg_interval=args["cfg_interval"],
+        )  # fmt: skip
+    v_error, u_error = errors[:1000].mean().item(), errors[1000:].mean().item()
+    print(
+        f"\n{os.environ['MEANFLOW_RUN']}: classified right {one:.1%} (1 NFE), {two:.1%} (2 NFE); "
+        f"variety {variety:.2f} of the pictures'; held-out v {v_error:.4f}, u {u_error:.4f}"
+    )
+    assert one >= 0.95
+    assert variety > 0.8
