@@ -105,8 +105,8 @@ def loss(
     """
     bare = net if bare is None else bare
     eq, neq = slice(0, len(x) - num_neq), slice(len(x) - num_neq, len(x))
-    z, v = interpolate(x, e, t)  #                                                      (B, C, H, W)
-    u = net(z, r, t, y).to(v.dtype)  #                                                  (B, C, H, W)
+    z, v = interpolate(x, e, t)  # (B, C, H, W)
+    u = net(z, r, t, y).to(v.dtype)  # (B, C, H, W)
 
     if omega != 1 or kappa != 0:
         # Needed: u(z, t, t) under the null label for all and, if kappa is not 0, under their own
@@ -118,9 +118,8 @@ def loss(
             u_null, u_extra = bare(z_tt, t_tt, t_tt, y_tt).to(v.dtype).tensor_split([len(x)])
         u_label = torch.cat([u[eq].detach(), u_extra]) if kappa else 0
         inside = (t >= cfg_interval[0]) & (t <= cfg_interval[1]) & (y != null_label)
-        v = torch.where(
-            expand(inside, v), guided_velocity(v, u_label, u_null, omega, kappa), v
-        )  #                                                                            (B, C, H, W)
+        v_guided = guided_velocity(v, u_label, u_null, omega, kappa)
+        v = torch.where(expand(inside, v), v_guided, v)  # (B, C, H, W)
 
     u_tgt = v.clone()
     if num_neq:
@@ -129,7 +128,7 @@ def loss(
     if v_noise is not None:
         u_tgt[eq] += v_noise[eq]
 
-    squared_error = (u - u_tgt).square().flatten(1).sum(1)  #                                   (B,)
+    squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
     loss = weight * adaptive_weight(squared_error, p, c) * squared_error
     return loss.mean(), squared_error.detach() / x[0].numel()
 

@@ -120,9 +120,9 @@ class DiT(nn.Module):
         num_times = len(self.time_variables(torch.zeros(()), torch.zeros(())))
 
         self.patch_embed = nn.Linear(channels * patch * patch, width)
-        self.register_buffer(
-            "pos_embed", sincos_positions(size // patch, width), persistent=False
-        )  # (N, D)
+        # A parameter that is not trained: DDP would broadcast a buffer in every forward.
+        positions = sincos_positions(size // patch, width)
+        self.pos_embed = nn.Parameter(positions, requires_grad=False)  # (N, D)
         self.time_embed = nn.ModuleList(TimeEmbedder(width) for _ in range(num_times))
         self.label_embed = nn.Embedding(num_classes + 1, width)  # the last row is the null label's
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
@@ -156,21 +156,13 @@ class DiT(nn.Module):
         """z: (B, C, H, W); r, t: (B,) in [0, 1], at least float32; y: (B,) int64 -> u like z."""
         p = self.patch
         x = rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        x = (
-            self.patch_embed(x) + self.pos_embed
-        )  #                                          (B, N, D)
-        c = self.label_embed(y)
+        x = self.patch_embed(x) + self.pos_embed  # (B, N, D)
+        c = self.label_embed(y)  # (B, D)
         for embed, time in zip(self.time_embed, self.time_variables(r, t), strict=True):
-            c = c + embed(
-                time
-            )  #                                                              (B, D)
+            c = c + embed(time)  # (B, D)
         for block in self.blocks:
-            x = block(
-                x, c
-            )  #                                                               (B, N, D)
-        x = self.final(
-            x, c
-        )  #                                                          (B, N, p p C)
+            x = block(x, c)  # (B, N, D)
+        x = self.final(x, c)  # (B, N, p p C)
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.size // p, p=p, q=p)
 
 

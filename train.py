@@ -51,6 +51,10 @@ RECIPES = {name: {} for name in CONFIGS} | {
 }  # fmt: skip
 GLYPHS = "data/glyphs"  # the default dataset, made on the spot where it is missing
 
+# Logged for every interval: the loss, the unweighted squared error per dimension of samples with
+# r = t and with r < t, and the norm of the gradient.
+STATS = ("loss", "v_error", "u_error", "grad_norm")
+
 # Flags that may differ when a run is resumed; any other would make it another run.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 
@@ -257,7 +261,7 @@ def main(args):
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *_: None
+    say = partial(print, flush=True) if rank == 0 else lambda *_: None
 
     # Data, and how a global batch divides into micro-batches.
     if args.data == GLYPHS and not Path(GLYPHS, "meta.json").exists() and rank == 0:
@@ -279,10 +283,12 @@ def main(args):
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
 
     # Network, its running average, and the optimiser.
+    out = Path(args.out)
+    last = out / "last.pt"
     torch.manual_seed(args.seed)
     try:
         net = build_network(args.model, data.meta, args.conditioning).to(device)
-        if args.init_from:
+        if args.init_from and not last.exists():
             net.load_state_dict(load_checkpoint(args.init_from)[0].state_dict())
     except (ValueError, RuntimeError) as error:
         fail(str(error).splitlines()[0])
@@ -304,8 +310,7 @@ def main(args):
     pacer = schedules.DTD(args.dtd_clusters, args.dtd_patience, args.dtd_cap * steps).to(device)
 
     # Resume where the run's last checkpoint stands.
-    out, start = Path(args.out), 0
-    last = out / "last.pt"
+    start = 0
     if last.exists():
         saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         now = vars(args) | {"meta": data.meta}
@@ -322,13 +327,15 @@ def main(args):
             module.load_state_dict(saved[name])
         del saved
 
-    parameters = sum(p.numel() for p in net.parameters())
+    trained = [p for p in net.parameters() if p.requires_grad]
     epochs = steps * args.batch_size / len(data)
     say(
-        f"{args.model}: {parameters / 1e6:.1f} M parameters, {len(data):,} pictures "
+        f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, "
+        f"{len(data):,} pictures "
         f"{tuple(data.meta['shape'])} of {len(data.meta['classes'])} classes\n"
         f"{out}: {steps:,} steps of {args.batch_size} = {epochs:.1f} epochs from step {start:,}; "
-        f"{world} x {device.type}, {len(chunks)} x {micro} samples a step on each, {args.dtype}"
+        f"{world} x {device.type}, {args.dtype}; on each {len(chunks)} x {micro} samples a step, "
+        f"{num_neq} of {micro} with r < t"
     )
     if args.dry_run:
         say(json.dumps(vars(args), indent=1))
@@ -356,18 +363,12 @@ def main(args):
     )
     batches = iter(loader)
     options = dict(
-        bare=bare,
-        null_label=bare.null_label,
-        omega=args.omega,
-        kappa=args.kappa,
-        cfg_interval=args.cfg_interval,
-        tangent=args.tangent,
-        p=args.adaptive_p,
-        c=args.adaptive_c,
-    )
+        bare=bare, null_label=bare.null_label, omega=args.omega, kappa=args.kappa,
+        cfg_interval=args.cfg_interval, tangent=args.tangent, p=args.adaptive_p, c=args.adaptive_c,
+    )  # fmt: skip
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     # The pictures of samples/: ten rows of up to ten classes, always from the same noise.
-    shown = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
+    classes = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
     history, clock = [], time.time()
 
     for step in range(start, steps + 1):
@@ -381,24 +382,23 @@ def main(args):
             if len(bad):
                 fault = step - len(rows) + bad[0].item()
                 sys.exit(f"train.py: loss or gradient not finite at step {fault}; {last} is kept")
-            loss, v_error, u_error, grad_norm = rows.mean(0).tolist()
-            rate = len(rows) * args.batch_size / (time.time() - clock)
+            row = dict(zip(STATS, rows.mean(0).tolist(), strict=True), lr=lr, s=s)
+            for name, samples in (("v_error", num_eq), ("u_error", num_neq)):
+                if not samples:
+                    del row[name]
+            if args.accel == "dtd":
+                row["stage"] = int(pacer.stage)
+            rate = row["images_per_second"] = len(rows) * args.batch_size / (time.time() - clock)
             left = timedelta(seconds=int((steps - step) * args.batch_size / rate))
-            row = {"step": step, "loss": loss, "v_error": v_error, "u_error": u_error}
-            row |= {"grad_norm": grad_norm, "lr": lr, "s": s, "stage": int(pacer.stage)}
-            row |= {"images_per_second": rate}
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
+            say(f"step {step:,}/{steps:,}  {shown}  {left} left")
             if rank == 0:
                 with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(row) + "\n")
-            say(
-                f"step {step:,}/{steps:,}  loss {loss:.4f}  v {v_error:.4f}  u {u_error:.4f}  "
-                f"grad {grad_norm:.3f}  lr {lr:.2g}  s {s:.3f}  stage {row['stage']}/"
-                f"{args.dtd_clusters}  {rate:.0f} img/s  {left} left"
-            )
+                    file.write(json.dumps({"step": step} | row) + "\n")
             history.clear()
         if rank == 0 and (ended or step % args.sample_every == 0):
-            pixels = torch.cat(list(draw(ema, shown * 10, device=device)))
-            save_grid(pixels, out / "samples" / f"{step:08d}.png", columns=len(shown))
+            pixels = torch.cat(list(draw(ema, classes * 10, device=device)))
+            save_grid(pixels, out / "samples" / f"{step:08d}.png", columns=len(classes))
         if rank == 0 and step > start and (ended or step % args.save_every == 0):
             state = {"net": bare, "ema": ema, "optimizer": optimizer, "pacer": pacer}
             state = {name: thing.state_dict() for name, thing in state.items()}
@@ -412,13 +412,13 @@ def main(args):
 
         for group in optimizer.param_groups:
             group["lr"] = lr
-        stats = torch.zeros(3, device=device)  # of the step: loss, error of v- and of u-samples
+        stats = torch.zeros(3, device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            x = images.float() * data.meta["scale"] + data.meta["shift"]  #             (B, C, H, W)
-            e = torch.randn(x.shape, generator=generator, device=device)  #             (B, C, H, W)
-            y = meanflow.drop_labels(y, bare.null_label, args.label_drop, generator)  #         (B,)
+            x = images.float() * data.meta["scale"] + data.meta["shift"]  # (B, C, H, W)
+            e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
+            y = meanflow.drop_labels(y, bare.null_label, args.label_drop, generator)  # (B,)
             mass = pacer.mass if args.accel == "dtd" else 1.0
             t, r = schedules.sample_t_r(num_eq, num_neq, quantile, mass, gap_pairs, generator)
             alpha, beta = torch.ones_like(t[:num_eq]), torch.ones_like(t[num_eq:])
@@ -426,7 +426,7 @@ def main(args):
                 alpha = schedules.minsnr(t[:num_eq], args.snr_gamma) / alpha_mean
             if args.progressive:
                 beta = schedules.beta((t - r)[num_eq:], s, lam)
-            weight = torch.cat([alpha, beta])  #                                                (B,)
+            weight = torch.cat([alpha, beta])  # (B,)
             if args.v_noise:
                 options["v_noise"] = meanflow.corruption(e - x, args.v_noise, generator)
 
@@ -440,7 +440,7 @@ def main(args):
             u_error = errors[num_eq:].sum() / max(num_neq, 1)
             stats += torch.stack([loss.detach(), v_error, u_error]) / len(chunks)
 
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in bare.parameters()])
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         optimizer.step()
         optimizer.zero_grad()
         update_ema(list(ema.parameters()), list(bare.parameters()), None)
