@@ -73,24 +73,9 @@ def adaptive_weight(squared_error, p=1.0, c=1e-3):
 
 
 def loss(
-    net,
-    x,
-    e,
-    r,
-    t,
-    y,
-    num_neq,
-    weight,
-    bare=None,
-    null_label=None,
-    omega=1.0,
-    kappa=0.0,
-    cfg_interval=(0.0, 1.0),
-    tangent=(0.0, 1.0),
-    p=1.0,
-    c=1e-3,
-    v_noise=None,
-):
+    net, x, e, r, t, y, num_neq, weight, bare=None, null_label=None, omega=1.0, kappa=0.0,
+    cfg_interval=(0.0, 1.0), tangent=(0.0, 1.0), p=1.0, c=1e-3, v_noise=None,
+):  # fmt: skip
     """MeanFlow loss of a batch whose last num_neq samples have r < t and whose others have r = t.
 
     x, e: (B, C, H, W) data and noise; r, t: (B,); y: (B,) labels, of which some may be null_label.
@@ -129,8 +114,8 @@ def loss(
         u_tgt[eq] += v_noise[eq]
 
     squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
-    loss = weight * adaptive_weight(squared_error, p, c) * squared_error
-    return loss.mean(), squared_error.detach() / x[0].numel()
+    losses = weight * adaptive_weight(squared_error, p, c) * squared_error  # (B,)
+    return losses.mean(), squared_error.detach() / x[0].numel()
 
 
 @torch.no_grad()

@@ -80,9 +80,8 @@ class Block(nn.Module):
         self.adaln = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(self, x, c):
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(
-            6, -1
-        )  # (B, 1, D)
+        # Each (B, 1, D):
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaln(c)[:, None].chunk(6, -1)
         x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1))  # (B, N, D)
         return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))  # (B, N, D)
 
@@ -114,7 +113,7 @@ class DiT(nn.Module):
     ):
         super().__init__()
         if size % patch:
-            raise ValueError(f"image size {size} is not a multiple of the patch size {patch}")
+            raise ValueError(f"pictures of size {size} do not divide into patches of {patch}")
         self.channels, self.size, self.num_classes, self.patch = channels, size, num_classes, patch
         self.time_variables = CONDITIONINGS[conditioning]
         num_times = len(self.time_variables(torch.zeros(()), torch.zeros(())))

@@ -43,18 +43,17 @@ class Dataset(torch.utils.data.Dataset):
     """
 
     def __init__(self, path):
-        path = Path(path)
+        self.path = path = Path(path)
         try:
-            self.meta = json.loads((path / "meta.json").read_text())
-            self.images = np.load(path / "images.npy", mmap_mode="r")
-            self.labels = np.load(path / "labels.npy")
-        except (OSError, ValueError, EOFError) as error:
+            self.meta = meta = json.loads((path / "meta.json").read_text())
+            self.images = images = np.load(path / "images.npy", mmap_mode="r")
+            self.labels = labels = np.load(path / "labels.npy")
+            shape, num_labels = (meta["count"], *meta["shape"]), max(len(meta["classes"]), 1)
+        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
             message = f"{path} holds no whole dataset ({error}); make one with prepare_latents.py"
             raise ValueError(message) from None
-        meta, images, labels = self.meta, self.images, self.labels
         if meta.get("format") != FORMAT:
             raise ValueError(f"{path}/meta.json: format is not {FORMAT}; prepare the dataset again")
-        shape, num_labels = (meta["count"], *meta["shape"]), max(len(meta["classes"]), 1)
         if images.shape != shape or images.dtype != meta["dtype"]:
             raise ValueError(
                 f"{path}/images.npy is {images.dtype} {images.shape} and not {meta['dtype']} "
@@ -68,6 +67,9 @@ class Dataset(torch.utils.data.Dataset):
 
     def __len__(self):
         return len(self.images)
+
+    def __reduce__(self):
+        return Dataset, (self.path,)  # a worker process maps the array anew and copies nothing
 
     def __getitems__(self, indices):
         labels = self.labels[indices].astype(np.int64)
@@ -95,6 +97,8 @@ def write_dataset(out, batches, count, shape, classes, source):
                 f"\r{out}: {done:,} of {count:,} pictures, {left:.0f} s left ", end="", flush=True
             )
     print()
+    if not done:
+        sys.exit(f"prepare_latents.py: error: {source} holds no readable picture")
     images.flush()
     if done < count:
         shrink(out / "images.npy", images, done)
@@ -102,8 +106,7 @@ def write_dataset(out, batches, count, shape, classes, source):
     np.save(out / "labels.npy", labels)
     firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels)[:10]]
     rows = [[images[i] for i in np.resize(first, 5)] for first in firsts]
-    columns = np.stack(rows, axis=1).reshape(-1, *shape)
-    save_grid(torch.from_numpy(columns), out / "preview.png", columns=len(firsts))
+    save_grid(np.concatenate(np.stack(rows, axis=1)), out / "preview.png", columns=len(firsts))
     meta = {
         "format": FORMAT,
         "count": done,
@@ -175,20 +178,17 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
 
 
 class ImageFolder(torch.utils.data.Dataset):
-    """root/class/**/picture: item i is (RGB pixels (3, size, size) uint8, label, None), or, for a
-    file that cannot be read, (None, label, one line that names it). Classes in alphabetical order.
+    """root/class/**/picture: item i is (pixels (3, size, size) uint8, label, None) or, for a file
+    that cannot be read, (None, label, one line that names it). Classes go by alphabet.
     """
 
     def __init__(self, root, size):
-        self.size = size
-        folders = sorted(path for path in Path(root).iterdir() if path.is_dir())
-        self.classes = [folder.name for folder in folders]
-        self.files = [
-            (path, label)
-            for label, folder in enumerate(folders)
-            for path in sorted(folder.rglob("*"))
-            if path.suffix.lower() in IMAGE_SUFFIXES
-        ]
+        self.size, self.classes, self.files = size, [], []
+        for folder in sorted(Path(root).iterdir()):
+            if folder.is_dir() and not folder.name.startswith("."):
+                paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+                self.files += [(path, len(self.classes)) for path in paths]
+                self.classes += [folder.name] if paths else []
 
     def __len__(self):
         return len(self.files)
@@ -197,11 +197,19 @@ class ImageFolder(torch.utils.data.Dataset):
         path, label = self.files[index]
         try:
             with Image.open(path) as image:
-                image = ImageOps.exif_transpose(image).convert("RGB")
-                pixels = np.asarray(center_crop(image, self.size)).transpose(2, 0, 1)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            return None, label, f"cannot read {path} ({error})"
-        return pixels, label, None
+                image = center_crop(to_rgb(ImageOps.exif_transpose(image)), self.size)
+        except Exception as error:  # Pillow raises many kinds for a damaged file
+            return None, label, f"cannot read {path} ({type(error).__name__}: {error})"
+        return np.asarray(image).transpose(2, 0, 1), label, None
+
+
+def to_rgb(image):
+    """Any picture as 8-bit RGB; transparency is dropped. ValueError for floating-point pixels."""
+    if image.mode == "F":
+        raise ValueError("floating-point pixels have no known range")
+    if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
 
 
 def center_crop(image, size):
@@ -217,8 +225,13 @@ def center_crop(image, size):
 
 
 def write_folder(root, out, size, workers, skip_unreadable):
-    """Images of root/class/ as pixels. A VAE would encode the loader's batches here."""
+    """Images of root/class/ as pixels. A VAE would encode the loader's batches here.
+
+    differs: mirrored images are not added, as in the code of MeanFlow's authors.
+    """
     folder = ImageFolder(root, size)
+    if not len(folder):
+        sys.exit(f"prepare_latents.py: error: {root} has no images in sub-folders, one for a class")
     loader = torch.utils.data.DataLoader(
         folder, batch_size=64, num_workers=workers, collate_fn=list
     )
@@ -228,9 +241,10 @@ def write_folder(root, out, size, workers, skip_unreadable):
         nonlocal skipped
         for items in loader:
             for message in (message for _, _, message in items if message):
+                print()
                 if not skip_unreadable:
-                    sys.exit(f"\n{message}; mend or remove it, or pass --skip-unreadable")
-                print(f"\nskipped: {message}")
+                    sys.exit(f"{message}; mend or remove it, or pass --skip-unreadable")
+                print(f"skipped: {message}")
                 skipped += 1
             kept = [(pixels, label) for pixels, label, message in items if not message]
             if kept:
@@ -252,16 +266,14 @@ def parse_args(argv=None):
     add("--workers", type=int, default=2, help="folder: processes that decode images")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     args = parser.parse_args(argv)
-    args.size = args.size or (16 if args.source == "glyphs" else 32)
-    if args.size < 1 or args.count < 1 or args.workers < 0:
-        parser.error("--size and --count must be positive, --workers not negative")
+    if args.size is None:
+        args.size = 16 if args.source == "glyphs" else 32
+    if min(args.size, args.count) < 1 or min(args.workers, args.seed) < 0:
+        parser.error("--size and --count must be positive, --workers and --seed not negative")
     if (Path(args.out) / "meta.json").exists():
         parser.error(f"--out {args.out} already holds a dataset; remove it or name another")
-    if args.source != "glyphs":
-        if not Path(args.source).is_dir():
-            parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of class folders")
-        if not len(ImageFolder(args.source, args.size)):
-            parser.error(f"{args.source} has no images in sub-folders, one for each class")
+    if args.source != "glyphs" and not Path(args.source).is_dir():
+        parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of class folders")
     return args
 
 

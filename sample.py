@@ -22,17 +22,17 @@ import meanflow
 from model import DiT
 
 
-def load_checkpoint(path, device="cpu"):
-    """(EMA network on the device, everything else in the checkpoint). ValueError if it is none."""
+def load_checkpoint(path):
+    """(EMA network on the CPU, the whole checkpoint). ValueError where it is none of train.py's."""
     try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         args, meta = checkpoint["args"], checkpoint["meta"]
-        net = build_network(args["model"], meta, args["conditioning"]).to(device)
+        net = build_network(args["model"], meta, args["conditioning"])
         net.load_state_dict(checkpoint["ema"])
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is no checkpoint of train.py ({reason})") from None
-    return net.eval(), checkpoint
+    return net, checkpoint
 
 
 def build_network(model, meta, conditioning):
@@ -43,7 +43,8 @@ def build_network(model, meta, conditioning):
 
 def keyed_generator(*key, device="cpu"):
     """A generator whose numbers are a function of the key alone, a few non-negative integers."""
-    seed = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    # The length is part of the key, since SeedSequence takes (1, 2) and (1, 2, 0) for the same.
+    seed = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(seed))
 
 
@@ -58,28 +59,24 @@ def to_uint8(x):
 
 
 def to_image(pixels):
-    """(C, H, W) uint8 to Pillow. Latents (C = 4) are shown as their first three channels."""
-    pixels = pixels.cpu().numpy()
-    return Image.fromarray(
-        pixels[0] if len(pixels) == 1 else rearrange(pixels[:3], "c h w -> h w c")
-    )
+    """(C, H, W) uint8 array to Pillow. Latents (C = 4) show as their first three channels."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0))
 
 
 def save_grid(pixels, path, columns):
     """One PNG of (N, C, H, W) uint8 pictures in rows of `columns`; small ones are enlarged."""
-    blanks = pixels.new_zeros(-len(pixels) % columns, *pixels.shape[1:])
-    pixels = torch.cat([pixels, blanks])
+    blanks = np.zeros((-len(pixels) % columns, *pixels.shape[1:]), np.uint8)
+    pixels = np.concatenate([pixels, blanks])
     grid = to_image(rearrange(pixels, "(r c) k h w -> k (r h) (c w)", c=columns))
     zoom = max(1, 64 // pixels.shape[-1])
     grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
-@torch.no_grad()
-def draw(net, labels, seed=0, batch_size=250, nfe=1, velocity=False, device="cpu", first=0):
-    """Yield (n, C, H, W) uint8 batches of pictures first, first + 1, ..., one for each label."""
+def draw(net, labels, seed=0, batch_size=250, nfe=1, velocity=False, device="cpu"):
+    """Yield (n, C, H, W) uint8 batches on the CPU: picture i under labels[i], from noise i."""
     for start in range(0, len(labels), batch_size):
         y = torch.as_tensor(labels[start : start + batch_size], device=device)
-        indices = range(first + start, first + start + len(y))
+        indices = range(start, start + len(y))
         e = noise(indices, (net.channels, net.size, net.size), seed).to(device)
         yield to_uint8(meanflow.sample(net, e, y, nfe, velocity)).cpu()
 
@@ -103,42 +100,43 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
+    args.out = Path(args.out)
+    if args.out.is_file() and args.out.suffix.lower() not in (".png", ".npz"):
+        parser.error(f"--out {args.out} is a file; name a .png, an .npz or a directory")
     try:
-        args.net, args.meta = load_checkpoint(args.checkpoint, args.device)
-    except ValueError as error:
-        parser.error(str(error))
-    classes = range(max(args.net.num_classes, 1)) if args.classes is None else args.classes
-    if not all(0 <= label < max(args.net.num_classes, 1) for label in classes):
-        parser.error(
-            f"--classes: the labels of {args.checkpoint} go from 0 to {args.net.num_classes - 1}"
-        )
+        args.net = load_checkpoint(args.checkpoint)[0].to(args.device)
+    except (ValueError, RuntimeError) as error:  # no checkpoint, or no such device
+        parser.error(str(error).splitlines()[0])
+    labels = range(max(args.net.num_classes, 1))
+    if args.classes is not None and not set(args.classes) <= set(labels):
+        parser.error(f"--classes: {args.checkpoint} has the labels 0 to {labels[-1]}")
+    classes = args.classes or labels
     args.labels = [classes[i % len(classes)] for i in range(args.num)]
     return args
 
 
 def main(args):
-    out = Path(args.out)
-    folder = out if out.suffix not in (".png", ".npz") else out.parent
-    folder.mkdir(parents=True, exist_ok=True)
-    batches, begin, done = [], time.time(), 0
+    net, out, kind = args.net, args.out, args.out.suffix.lower()
+    (out.parent if kind in (".png", ".npz") else out).mkdir(parents=True, exist_ok=True)
+    pictures = np.empty((args.num, net.channels, net.size, net.size), np.uint8)
+    begin, done = time.time(), 0
     options = (args.seed, args.batch_size, args.nfe, args.velocity, args.device)
-    for pixels in draw(args.net, args.labels, *options):
-        if folder == out:
-            for i, picture in enumerate(pixels, start=done):
-                to_image(picture).save(out / f"{i:06d}.png")
-        else:
-            batches.append(pixels)
+    for pixels in draw(net, args.labels, *options):
+        pictures[done : done + len(pixels)] = pixels
         done += len(pixels)
         left = (time.time() - begin) / done * (args.num - done)
         print(f"\r{done:,} of {args.num:,} pictures, {left:.0f} s left ", end="", file=sys.stderr)
     print(file=sys.stderr)
-    if out.suffix == ".npz":
-        np.savez(out, arr_0=rearrange(torch.cat(batches), "n c h w -> n h w c").numpy())
-    elif out.suffix == ".png":
-        num_classes = len(set(args.labels))
-        columns = num_classes if num_classes <= 16 else math.ceil(math.sqrt(args.num))
-        save_grid(torch.cat(batches), out, min(columns, args.num))
-    print(f"{args.num:,} pictures, {args.nfe} evaluations each: {out}")
+    if kind == ".npz":
+        np.savez(out, arr_0=rearrange(pictures, "n c h w -> n h w c"))
+    elif kind == ".png":
+        columns = len(set(args.labels))
+        columns = columns if columns <= 16 else math.ceil(math.sqrt(args.num))
+        save_grid(pictures, out, columns)
+    else:
+        for i, picture in enumerate(pictures):
+            to_image(picture).save(out / f"{i:06d}.png")
+    print(f"{args.num:,} pictures of {args.nfe} evaluations each: {out}")
 
 
 if __name__ == "__main__":

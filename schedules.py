@@ -106,10 +106,11 @@ class DTD(nn.Module):
     `patience` steps in a row, the next slice joins. After the last stage the base is in use.
     All state is tensors on the device: reading the loss on the host would stall a GPU every step.
 
-    differs: the papers leave open which loss paces and how long the curriculum may take. Here it is
-    the unweighted squared error per dimension (the adaptively weighted loss is about 1 whatever
-    happens), smoothed by an EMA; and stage n begins by step cap (n - 1) / (clusters - 1) at the
-    latest, so that from step `cap` on all times are in use.
+    differs: the papers leave open which times, which loss paces, and for how long. Here t and r are
+    both drawn from the slices in use, which also keeps early gaps short; the loss is the unweighted
+    squared error per dimension (the adaptively weighted one is about 1 whatever happens), smoothed
+    by an EMA; patience is 200 steps by default; and stage n begins by step
+    cap (n - 1) / (clusters - 1) at the latest, so that from step `cap` on all times are in use.
     """
 
     SMOOTHING = 0.95  # of the loss's EMA: a window of about 20 steps

@@ -38,16 +38,15 @@ PAPER = dict(
     epochs=240, batch_size=256, lr=1e-4, warmup=0, adam_beta2=0.95, ema_decay=0.9999,
     label_drop=0.1, omega=1.0, kappa=0.5, cfg_interval=(0.0, 1.0), r_neq_t=0.25,
     time_sampler="lognorm", time_mu=-0.4, time_sigma=1.0, conditioning="t,t-r", adaptive_p=1.0,
-    workers=4,
-    log_every=100, sample_every=5000, save_every=5000,
+    tangent=(0.0, 1.0), workers=4, log_every=100, sample_every=5000, save_every=5000,
 )  # fmt: skip
 RECIPES = {name: {} for name in CONFIGS} | {
     "L/2":   dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.8)),
     "XL/2":  dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.75)),
     "XL/2+": dict(epochs=1000, cfg_interval=(0.3, 0.8)),
     # Ours, for the built-in digits: short, so with a fast learning rate and a short EMA.
-    "tiny":  dict(epochs=8, batch_size=32, lr=2e-3, warmup=100, ema_decay=0.995, workers=0,
-                  log_every=100, sample_every=250, save_every=500),
+    "tiny":  dict(epochs=5, batch_size=64, lr=4e-3, warmup=100, ema_decay=0.996, workers=0,
+                  log_every=100, sample_every=200, save_every=500),
 }  # fmt: skip
 GLYPHS = "data/glyphs"  # the default dataset, made on the spot where it is missing
 
@@ -55,8 +54,12 @@ GLYPHS = "data/glyphs"  # the default dataset, made on the spot where it is miss
 # r = t and with r < t, and the norm of the gradient.
 STATS = ("loss", "v_error", "u_error", "grad_norm")
 
-# Flags that may differ when a run is resumed; any other would make it another run.
+# Flags that may differ when a run is resumed. Another length is a user's own choice: beta and DTD's
+# cap go by the share of the run that is done. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
+MAY_CHANGE |= {"data", "out", "dry_run", "init_from"}
+
+GRID_ROWS = 10  # of the pictures in samples/
 
 
 # ---------------------------------------------------------------------------- order of the data
@@ -70,8 +73,10 @@ def shuffled(count, seed, epoch):
 def chunk_indices(step, chunk, micro, batch_size, count, seed):
     """Which samples micro-batch `chunk` of a step holds: (micro,) indices below count.
 
-    The data is an endless stream of shuffled epochs, cut into batches and those into micro-batches:
-    a function of (seed, step), so a run resumes on any number of ranks without replaying it.
+    The data is an endless stream of shuffled epochs, cut into batches and those into micro-batches,
+    which are dealt to the ranks in turn. So the samples of a step are a function of (seed, step),
+    and a run resumes on any number of ranks without replaying the stream. Noise, times and dropped
+    labels are a function of (seed, step, chunk): the same as long as a micro-batch has its size.
     """
     first = step * batch_size + chunk * micro
     epoch, offset = np.divmod(np.arange(first, first + micro), count)
@@ -84,12 +89,12 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
 
 def save_checkpoint(path, state):
     """All or nothing: a reader finds the old checkpoint or the new one, never a part of it."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(partial, path)
+    os.replace(temporary, path)
 
 
 def keep_metrics(path, step):
@@ -101,10 +106,10 @@ def keep_metrics(path, step):
 
 def save_progress(samples, path, rows=10):
     """One picture of training: the first row of up to `rows` grids in samples/, oldest on top."""
-    grids = sorted(samples.glob("*.png"))
+    grids = sorted(samples.glob("[0-9]*.png"))
     picks = np.unique(np.linspace(0, len(grids) - 1, rows).round().astype(int))
     strips = [(int(grids[i].stem), Image.open(grids[i])) for i in picks]
-    margin, tile = 80, strips[0][1].height // 10  # a grid has ten rows
+    margin, tile = 80, strips[0][1].height // GRID_ROWS
     picture = Image.new("RGB", (margin + strips[0][1].width, tile * len(strips)))
     for i, (step, grid) in enumerate(strips):
         ImageDraw.Draw(picture).text((8, (i + 0.5) * tile), f"step {step}", anchor="lm")
@@ -112,11 +117,11 @@ def save_progress(samples, path, rows=10):
     picture.save(path)
 
 
-def fail(message):
-    """End on bad input: one line on standard error, exit code 2, as argparse does."""
+def fail(message, code=2):
+    """End with one line on standard error; code 2, argparse's, is for bad input, 1 for a fault."""
     if os.environ.get("RANK", "0") == "0":
         print(f"train.py: error: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)
 
 
 # ---------------------------------------------------------------------------- command line
@@ -134,10 +139,6 @@ def number(kind, accepts, what):
     return parse
 
 
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
-
-
 def parse_args(argv=None):
     """The arguments, with what is not given taken from the recipe of the model named."""
     only_model = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False)
@@ -147,18 +148,20 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage="train.py [--model NAME] [flags]; --help lists them all",
-        description=__doc__,
+        description=__doc__.splitlines()[0],
         parents=[only_model],
         allow_abbrev=False,
-        formatter_class=HelpFormatter,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
+    finite = number(float, math.isfinite, "a finite number")
     positive = number(float, lambda a: 0 < a < math.inf, "a positive number")
     share = number(float, lambda a: 0 <= a <= 1, "in [0, 1]")
     decay = number(float, lambda a: 0 <= a < 1, "in [0, 1)")
     count = number(int, lambda n: n >= 1, "at least 1")
     natural = number(int, lambda n: n >= 0, "at least 0")
     switch = argparse.BooleanOptionalAction
-    dtype = "bfloat16" if torch.cuda.is_available() else "float32"
+    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    conditionings = " or ".join(CONDITIONINGS)
 
     add = parser.add_argument_group("data and run").add_argument
     add("--data", default=GLYPHS, help="dataset directory, made by prepare_latents.py")
@@ -172,25 +175,18 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print the resolved run and exit")
 
     add = parser.add_argument_group("MeanFlow, arXiv 2505.13447").add_argument
-    add("--conditioning", choices=CONDITIONINGS, help="what the network sees of r and t")
+    add("--conditioning", choices=CONDITIONINGS, metavar="VARIABLES", help=conditionings)
     add("--r-neq-t", type=share, help="share of samples with r < t; 0 is flow matching")
     add("--time-sampler", choices=schedules.TIME_SAMPLERS, help="distribution of t and r")
-    add("--time-mu", type=float, help="lognorm: mean of the normal")
+    add("--time-mu", type=finite, help="lognorm: mean of the normal")
     add("--time-sigma", type=positive, help="lognorm: its standard deviation")
-    add("--omega", type=float, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
-    add("--kappa", type=float, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
+    add("--omega", type=finite, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
+    add("--kappa", type=finite, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
     add("--cfg-interval", type=share, nargs=2, metavar=("LO", "HI"), help="guided where t is in it")
     add("--label-drop", type=share, help="probability of the null label")
-    add("--adaptive-p", type=float, help="power of the adaptive weight, Eq. 22; 0 is plain L2")
+    add("--adaptive-p", type=finite, help="power of the adaptive weight, Eq. 22; 0 is plain L2")
     add("--adaptive-c", type=positive, default=1e-3, help="constant of the adaptive weight")
-    add(
-        "--tangent",
-        type=float,
-        nargs=2,
-        metavar=("DR", "DT"),
-        default=[0.0, 1.0],
-        help="of the JVP",
-    )
+    add("--tangent", type=finite, nargs=2, metavar=("DR", "DT"), help="of r and t in the JVP")
 
     add = parser.add_argument_group("improved training, arXiv 2511.19065").add_argument
     add("--accel", choices=("none", "minsnr", "dtd"), default="dtd", help="how to form v early")
@@ -209,24 +205,22 @@ def parse_args(argv=None):
     length.add_argument("--epochs", type=positive, help="length of the run in passes over the data")
     add = group.add_argument
     add("--batch-size", type=count, help="samples per step, over all ranks")
-    add(
-        "--micro-batch-size",
-        type=count,
-        help="samples at once on a rank; its whole share if not given",
-    )
+    add("--micro-batch-size", type=count, help="samples at once on a rank; else its whole share")
     add("--lr", type=positive, help="learning rate of Adam, constant")
     add("--warmup", type=natural, help="steps of linear warm-up before")
     add("--adam-beta2", type=decay, help="of Adam; beta1 is 0.9")
     add("--ema-decay", type=decay, help="of the averaged weights, which are the ones sampled")
-    add("--dtype", choices=("float32", "bfloat16"), default=dtype, help="of matrix products")
+    add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; TF32 on GPUs")
     add("--compile", action=switch, default=False, help="torch.compile the network")
 
-    parser.set_defaults(**PAPER | RECIPES[model])
+    parser.set_defaults(**PAPER | RECIPES[model], dtype="bfloat16" if bfloat16 else "float32")
     args = parser.parse_args(argv)
 
     args.out = args.out or f"runs/{args.model.replace('/', '-')}-{args.accel}"
     if args.progressive is None:
         args.progressive = args.accel != "none" and args.r_neq_t > 0
+    args.cfg_interval, args.tangent = tuple(args.cfg_interval), tuple(args.tangent)
+    args.gap = args.gap and tuple(args.gap)
     no_eq, no_neq = args.r_neq_t == 1, args.r_neq_t == 0
     lo, hi = args.cfg_interval
     gap_lo, gap_hi = args.gap or (0, 1)
@@ -237,7 +231,7 @@ def parse_args(argv=None):
         (args.gap and no_neq, "--gap is of samples with r < t; --r-neq-t 0 leaves none"),
         (
             args.gap and args.accel == "dtd",
-            "--gap needs --accel none or minsnr: DTD sets the times",
+            "--gap needs --accel none or minsnr: dtd sets the times",
         ),
         (args.accel != "none" and no_eq, "--r-neq-t 1 leaves no r = t samples: use --accel none"),
         (args.v_noise and no_eq, "--v-noise is for samples with r = t; --r-neq-t 1 leaves none"),
@@ -274,12 +268,12 @@ def main(args):
         fail(f"--data: {error}")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
-        fail(f"--batch-size {args.batch_size} does not divide into {world} x {micro} samples")
+        fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x --micro-batch-size")
     chunks = range(rank, args.batch_size // micro, world)  # this rank's micro-batches of a step
     num_neq = round(micro * args.r_neq_t)  # samples with r < t in a micro-batch, its last
     num_eq = micro - num_neq
     if (num_neq == 0) != (args.r_neq_t == 0) or (num_eq == 0) != (args.r_neq_t == 1):
-        fail(f"--r-neq-t {args.r_neq_t} of {micro} samples is none or all; use larger batches")
+        fail(f"--r-neq-t {args.r_neq_t} of {micro} samples is none or all: raise --batch-size")
     steps = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
 
     # Network, its running average, and the optimiser.
@@ -289,14 +283,17 @@ def main(args):
     try:
         net = build_network(args.model, data.meta, args.conditioning).to(device)
         if args.init_from and not last.exists():
-            net.load_state_dict(load_checkpoint(args.init_from)[0].state_dict())
+            other, was = load_checkpoint(args.init_from)
+            for name in ("model", "conditioning"):
+                if was["args"][name] != getattr(args, name):
+                    raise ValueError(f"--init-from: its --{name} is {was['args'][name]}")
+            net.load_state_dict(other.state_dict())
     except (ValueError, RuntimeError) as error:
-        fail(str(error).splitlines()[0])
+        fail(" ".join(str(error).split()))
+    trained = [p for p in net.parameters() if p.requires_grad]
     ema = copy.deepcopy(net).requires_grad_(False)
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
-    optimizer = torch.optim.Adam(
-        net.parameters(), lr=args.lr, betas=(0.9, args.adam_beta2), fused=True
-    )
+    optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
 
     # Schedules: the constants behind beta and alpha, and the curriculum.
     sampler = schedules.TIME_SAMPLERS[args.time_sampler]
@@ -310,24 +307,22 @@ def main(args):
     pacer = schedules.DTD(args.dtd_clusters, args.dtd_patience, args.dtd_cap * steps).to(device)
 
     # Resume where the run's last checkpoint stands.
-    start = 0
+    start, parts = 0, {"net": net, "ema": ema, "optimizer": optimizer, "pacer": pacer}
     if last.exists():
         saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-        now = vars(args) | {"meta": data.meta}
-        then = saved["args"] | {"meta": saved["meta"]}
-        for name in sorted(now.keys() - MAY_CHANGE):
-            if now[name] != then[name]:
-                flag = "--data" if name == "meta" else "--" + name.replace("_", "-")
-                fail(f"{out}: its {flag} was {then[name]}, not {now[name]}; name another --out")
+        if saved["meta"] != data.meta:
+            fail(f"{out} was trained on {saved['meta']['source']}, not on --data {args.data}")
+        for name, was in saved["args"].items():
+            if name not in MAY_CHANGE and getattr(args, name) != was:
+                flag, now = "--" + name.replace("_", "-"), getattr(args, name)
+                fail(f"{out}: its {flag} was {was}, not {now}; name another --out")
         start = saved["step"]
         if start > steps:
             fail(f"{out} is at step {start} already, beyond --steps {steps}")
-        modules = {"net": net, "ema": ema, "optimizer": optimizer, "pacer": pacer}
-        for name, module in modules.items():
-            module.load_state_dict(saved[name])
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
         del saved
 
-    trained = [p for p in net.parameters() if p.requires_grad]
     epochs = steps * args.batch_size / len(data)
     say(
         f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, "
@@ -346,7 +341,7 @@ def main(args):
 
     # The ordinary forward and backward go through DDP; the target needs the network itself.
     bare = net
-    if args.compile:
+    if args.compile:  # the JVP still runs uncompiled, as torch.func does with a compiled module
         bare.compile(dynamic=False)
     if world > 1:
         net = DistributedDataParallel(bare, gradient_as_bucket_view=True)
@@ -362,30 +357,31 @@ def main(args):
         pin_memory=device.type == "cuda",
     )
     batches = iter(loader)
+    omega, kappa = (args.omega, args.kappa) if bare.num_classes else (1.0, 0.0)
     options = dict(
-        bare=bare, null_label=bare.null_label, omega=args.omega, kappa=args.kappa,
+        bare=bare, null_label=bare.null_label, omega=omega, kappa=kappa,
         cfg_interval=args.cfg_interval, tangent=args.tangent, p=args.adaptive_p, c=args.adaptive_c,
     )  # fmt: skip
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    # The pictures of samples/: ten rows of up to ten classes, always from the same noise.
+    # The pictures of samples/: rows of up to ten classes, always from the same noise.
     classes = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
     history, clock = [], time.time()
 
     for step in range(start, steps + 1):
         ended = step == steps
         s = schedules.training_progress(step, steps, args.beta_k)
-        lr = args.lr * min(1, (step + 1) / max(args.warmup, 1))
 
         if history and (ended or step % args.log_every == 0 or step % args.save_every == 0):
-            rows = torch.stack(history).cpu()  # the one synchronisation of an interval
+            rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
             bad = (~rows.isfinite().all(1)).nonzero()
             if len(bad):
                 fault = step - len(rows) + bad[0].item()
-                sys.exit(f"train.py: loss or gradient not finite at step {fault}; {last} is kept")
-            row = dict(zip(STATS, rows.mean(0).tolist(), strict=True), lr=lr, s=s)
-            for name, samples in (("v_error", num_eq), ("u_error", num_neq)):
-                if not samples:
-                    del row[name]
+                fail(f"loss or gradient not finite at step {fault}; {last} is kept", code=1)
+            row = zip(STATS, rows.mean(0).tolist(), (1, num_eq, num_neq, 1), strict=True)
+            row = {name: value for name, value, samples in row if samples}
+            row["lr"] = optimizer.param_groups[0]["lr"]
+            if args.progressive:
+                row["s"] = s
             if args.accel == "dtd":
                 row["stage"] = int(pacer.stage)
             rate = row["images_per_second"] = len(rows) * args.batch_size / (time.time() - clock)
@@ -397,21 +393,19 @@ def main(args):
                     file.write(json.dumps({"step": step} | row) + "\n")
             history.clear()
         if rank == 0 and (ended or step % args.sample_every == 0):
-            pixels = torch.cat(list(draw(ema, classes * 10, device=device)))
+            pixels = np.concatenate(list(draw(ema, classes * GRID_ROWS, device=device)))
             save_grid(pixels, out / "samples" / f"{step:08d}.png", columns=len(classes))
         if rank == 0 and step > start and (ended or step % args.save_every == 0):
-            state = {"net": bare, "ema": ema, "optimizer": optimizer, "pacer": pacer}
-            state = {name: thing.state_dict() for name, thing in state.items()}
-            versions = {"torch": str(torch.__version__), "format": 1}
-            state |= {"step": step, "args": vars(args), "meta": data.meta, "versions": versions}
-            save_checkpoint(last, state)
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "args": vars(args), "meta": data.meta}
+            save_checkpoint(last, state | {"torch": str(torch.__version__)})
         if ended:
             break
         if not history:
             clock = time.time()
 
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
         stats = torch.zeros(3, device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
@@ -452,11 +446,11 @@ def main(args):
         history.append(torch.cat([stats, grad_norm[None]]))
 
     if rank == 0:
-        save_progress(out / "samples", out / "progress.png", rows=10)
+        save_progress(out / "samples", out / "progress.png")
         say(f"done: {last}, {out / 'progress.png'}; draw more with sample.py")
-    if world > 1:
-        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(parse_args())
+    if dist.is_initialized():
+        dist.destroy_process_group()
