@@ -107,16 +107,10 @@ def write_dataset(out, batches, count, shape, classes, source):
     firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels)[:10]]
     rows = [[images[i] for i in np.resize(first, 5)] for first in firsts]
     save_grid(np.concatenate(np.stack(rows, axis=1)), out / "preview.png", columns=len(firsts))
-    meta = {
-        "format": FORMAT,
-        "count": done,
-        "shape": list(shape),
-        "dtype": "uint8",
-        "scale": 1 / 127.5,
-        "shift": -1.0,
-        "classes": classes,
-        "source": source,
-    }
+    meta = dict(
+        format=FORMAT, count=done, shape=list(shape), dtype="uint8", scale=1 / 127.5, shift=-1.0,
+        classes=classes, source=source,
+    )  # fmt: skip
     (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
     print(f"{out}: {done:,} pictures {tuple(shape)} of {len(classes)} classes, see preview.png")
 
@@ -227,7 +221,7 @@ def center_crop(image, size):
 def write_folder(root, out, size, workers, skip_unreadable):
     """Images of root/class/ as pixels. A VAE would encode the loader's batches here.
 
-    differs: mirrored images are not added, as in the code of MeanFlow's authors.
+    No mirrored images are added, as in the code of MeanFlow's authors.
     """
     folder = ImageFolder(root, size)
     if not len(folder):

@@ -169,9 +169,9 @@ def parse_args(argv=None):
     add("--init-from", help="checkpoint of another run whose EMA weights to start from")
     add("--seed", type=natural, default=0, help="of the weights, data order, times and noise")
     add("--workers", type=natural, help="processes per rank that read the data")
-    add("--log-every", type=count, help="steps")
-    add("--sample-every", type=count, help="steps")
-    add("--save-every", type=count, help="steps")
+    add("--log-every", type=count, help="steps between two lines of metrics")
+    add("--sample-every", type=count, help="steps between two grids of one-step samples")
+    add("--save-every", type=count, help="steps between two checkpoints")
     add("--dry-run", action="store_true", help="print the resolved run and exit")
 
     add = parser.add_argument_group("MeanFlow, arXiv 2505.13447").add_argument
