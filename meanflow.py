@@ -106,14 +106,14 @@ def loss(
         v_guided = guided_velocity(v, u_label, u_null, omega, kappa)
         v = torch.where(expand(inside, v), v_guided, v)  # (B, C, H, W)
 
-    u_tgt = v.clone()
+    v_tgt, u_tgt = v[eq], v[neq]
     if num_neq:
         dudt = total_derivative(bare, z[neq], r[neq], t[neq], y[neq], v[neq], tangent)
-        u_tgt[neq] = target(v[neq], r[neq], t[neq], dudt)
+        u_tgt = target(v[neq], r[neq], t[neq], dudt)
     if v_noise is not None:
-        u_tgt[eq] += v_noise[eq]
+        v_tgt = v_tgt + v_noise[eq]
 
-    squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
+    squared_error = (u - torch.cat([v_tgt, u_tgt])).square().flatten(1).sum(1)  # (B,)
     losses = weight * adaptive_weight(squared_error, p, c) * squared_error  # (B,)
     return losses.mean(), squared_error.detach() / x[0].numel()
 

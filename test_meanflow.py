@@ -676,6 +676,14 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
         assert_close(state["pacer"], pacer.state_dict(), rtol=1e-4, atol=0)
 
 
+def test_bfloat16_trains_almost_like_float32(glyphs, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        run(glyphs, tmp_path / dtype, "--steps", 10, "--dtype", dtype)
+    rows = [metrics(tmp_path / dtype)[-1] for dtype in ("float32", "bfloat16")]
+    for name in ("v_error", "u_error"):
+        assert 0 < abs(rows[0][name] / rows[1][name] - 1) < 0.01
+
+
 def test_a_run_starts_from_the_weights_it_is_given(glyphs, tmp_path, capsys):
     given = run(glyphs, tmp_path / "given", "--steps", 3, "--ema-decay", 0.5)
     flags = ("--init-from", tmp_path / "given" / "last.pt", "--steps", 1, "--lr", 1e-12)
@@ -842,6 +850,8 @@ def test_a_picture_depends_on_its_seed_and_index_alone(glyphs, tmp_path):
         assert (np.load(draw("d.npz", *flags))["arr_0"] != whole).any()
     e = sample.noise(range(1000), (1, 4, 4), seed=5).flatten().double().numpy()
     assert scipy.stats.kstest(e, "norm").pvalue > 0.01
+    keys = [(5,), (5, 0), (5, 0, 0), (0, 5)]  # train.py's are longer: other noise than here
+    assert len({sample.keyed_generator(*key).initial_seed() for key in keys}) == 4
 
 
 @pytest.mark.parametrize(
