@@ -311,9 +311,11 @@ def main(args):
     if last.exists():
         saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         if saved["meta"] != data.meta:
-            fail(f"{out} was trained on {saved['meta']['source']}, not on --data {args.data}")
+            fail(
+                f"{out} was trained on {saved['meta']['source']}, not on --data {args.data}; use another --out"
+            )
         for name, was in saved["args"].items():
-            if name not in MAY_CHANGE and getattr(args, name) != was:
+            if name not in MAY_CHANGE and getattr(args, name, was) != was:
                 flag, now = "--" + name.replace("_", "-"), getattr(args, name)
                 fail(f"{out}: its {flag} was {was}, not {now}; name another --out")
         start = saved["step"]
