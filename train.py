@@ -311,9 +311,8 @@ def main(args):
     if last.exists():
         saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         if saved["meta"] != data.meta:
-            fail(
-                f"{out} was trained on {saved['meta']['source']}, not on --data {args.data}; use another --out"
-            )
+            source = saved["meta"]["source"]
+            fail(f"{out} is a run on {source}; name another --out for --data {args.data}")
         for name, was in saved["args"].items():
             if name not in MAY_CHANGE and getattr(args, name, was) != was:
                 flag, now = "--" + name.replace("_", "-"), getattr(args, name)
