@@ -854,6 +854,18 @@ def test_a_picture_depends_on_its_seed_and_index_alone(glyphs, tmp_path):
     assert len({sample.keyed_generator(*key).initial_seed() for key in keys}) == 4
 
 
+def test_pictures_without_classes_train_and_are_drawn(glyphs, tmp_path):
+    data = prepare_latents.Dataset(glyphs)
+    np.save(tmp_path / "images.npy", data.images)
+    np.save(tmp_path / "labels.npy", 0 * data.labels)
+    (tmp_path / "meta.json").write_text(json.dumps(data.meta | {"classes": []}))
+    state = run(tmp_path, tmp_path / "run", "--steps", 2)
+    assert len(state["net"]["label_embed.weight"]) == 1
+    argv = [str(tmp_path / "run" / "last.pt"), "--num", "3", "--out", str(tmp_path / "x.npz")]
+    sample.main(sample.parse_args(argv))
+    assert np.load(tmp_path / "x.npz")["arr_0"].shape == (3, 16, 16, 1)
+
+
 @pytest.mark.parametrize(
     "flags", [["--classes", "10"], ["--num", "0"], ["--nfe", "0"], ["no-checkpoint"]]
 )
