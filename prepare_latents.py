@@ -142,7 +142,7 @@ def draw_digit(digit, size, rng):
         fill=255,
         font=digit_font(0.8 * large),
         anchor="mm",
-        stroke_width=int(rng.integers(0, large // 16 + 1)),
+        stroke_width=int(rng.integers(0, large // 64 + 1)),
     )
     angle, shear = rng.uniform(-0.25, 0.25), rng.uniform(-0.3, 0.3)
     zoom, shift = rng.uniform(0.75, 1.1, 2), rng.uniform(-0.06, 0.06, 2) * large
@@ -193,7 +193,7 @@ class ImageFolder(torch.utils.data.Dataset):
             with Image.open(path) as image:
                 image = center_crop(to_rgb(ImageOps.exif_transpose(image)), self.size)
         except Exception as error:  # Pillow raises many kinds for a damaged file
-            return None, label, f"cannot read {path} ({type(error).__name__}: {error})"
+            return None, label, f"{path} cannot be read ({type(error).__name__})"
         return np.asarray(image).transpose(2, 0, 1), label, None
 
 
@@ -237,7 +237,9 @@ def write_folder(root, out, size, workers, skip_unreadable):
             for message in (message for _, _, message in items if message):
                 print()
                 if not skip_unreadable:
-                    sys.exit(f"{message}; mend or remove it, or pass --skip-unreadable")
+                    sys.exit(
+                        f"prepare_latents.py: error: {message}; mend it or pass --skip-unreadable"
+                    )
                 print(f"skipped: {message}")
                 skipped += 1
             kept = [(pixels, label) for pixels, label, message in items if not message]
@@ -250,7 +252,11 @@ def write_folder(root, out, size, workers, skip_unreadable):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="prepare_latents.py",
+        usage="prepare_latents.py SOURCE --out DIR [flags]; --help lists them all",
+        description=__doc__.splitlines()[0],
+    )
     add = parser.add_argument
     add("source", help="'glyphs', or a folder with one sub-folder of images per class")
     add("--out", required=True, help="directory of the dataset to write")
@@ -264,6 +270,8 @@ def parse_args(argv=None):
         args.size = 16 if args.source == "glyphs" else 32
     if min(args.size, args.count) < 1 or min(args.workers, args.seed) < 0:
         parser.error("--size and --count must be positive, --workers and --seed not negative")
+    if any(path.is_file() for path in (Path(args.out), *Path(args.out).parents)):
+        parser.error(f"--out {args.out} is not a directory, or lies in a file")
     if (Path(args.out) / "meta.json").exists():
         parser.error(f"--out {args.out} already holds a dataset; remove it or name another")
     if args.source != "glyphs" and not Path(args.source).is_dir():

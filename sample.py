@@ -24,14 +24,16 @@ from model import DiT
 
 def load_checkpoint(path):
     """(EMA network on the CPU, the whole checkpoint). ValueError where it is none of train.py's."""
+    if not Path(path).is_file():
+        raise ValueError(f"{path} is not a file; a run's checkpoint is its last.pt")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         args, meta = checkpoint["args"], checkpoint["meta"]
         net = build_network(args["model"], meta, args["conditioning"])
         net.load_state_dict(checkpoint["ema"])
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path} is no checkpoint of train.py ({reason})") from None
+        message = f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})"
+        raise ValueError(message) from None
     return net, checkpoint
 
 
@@ -83,7 +85,10 @@ def draw(net, labels, seed=0, batch_size=250, nfe=1, velocity=False, device="cpu
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        prog="sample.py",
+        usage="sample.py CHECKPOINT --out OUT [flags]; --help lists them all",
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
@@ -101,12 +106,18 @@ def parse_args(argv=None):
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
     args.out = Path(args.out)
-    if args.out.is_file() and args.out.suffix.lower() not in (".png", ".npz"):
-        parser.error(f"--out {args.out} is a file; name a .png, an .npz or a directory")
+    folder = args.out.parent if args.out.suffix.lower() in (".png", ".npz") else args.out
+    if (
+        any(path.is_file() for path in (folder, *folder.parents))
+        or ".jp" in args.out.suffix.lower()
+    ):
+        parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
     try:
         args.net = load_checkpoint(args.checkpoint)[0].to(args.device)
-    except (ValueError, RuntimeError) as error:  # no checkpoint, or no such device
-        parser.error(str(error).splitlines()[0])
+    except ValueError as error:
+        parser.error(str(error))
+    except (RuntimeError, AssertionError) as error:  # .to() of a device that is not there
+        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
     labels = range(max(args.net.num_classes, 1))
     if args.classes is not None and not set(args.classes) <= set(labels):
         parser.error(f"--classes: {args.checkpoint} has the labels 0 to {labels[-1]}")

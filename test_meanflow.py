@@ -803,6 +803,10 @@ def test_a_run_is_not_resumed_by_another_command(glyphs, tmp_path, capsys):
         run(glyphs, tmp_path, "--steps", 2, "--lr", "0.5")
     assert "--lr was 0.004, not 0.5" in capsys.readouterr().err
     assert run(glyphs, tmp_path, "--steps", 2)["step"] == 2
+    (tmp_path / "last.pt").write_bytes((tmp_path / "last.pt").read_bytes()[:100_000])
+    with pytest.raises(SystemExit):
+        run(glyphs, tmp_path, "--steps", 2)
+    assert "last.pt is damaged" in capsys.readouterr().err
 
 
 def test_torchrun_on_two_ranks_trains_like_one_rank_that_accumulates(glyphs, tmp_path):
@@ -867,7 +871,7 @@ def test_pictures_without_classes_train_and_are_drawn(glyphs, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "flags", [["--classes", "10"], ["--num", "0"], ["--nfe", "0"], ["no-checkpoint"]]
+    "flags", [["--classes", "10"], ["--num", "0"], ["--out", "x.jpg"], ["no-checkpoint"]]
 )
 def test_bad_flags_of_sampling_end_in_one_clear_line(glyphs, tmp_path, capsys, flags):
     run(glyphs, tmp_path, "--steps", 1)

@@ -279,6 +279,8 @@ def main(args):
     # Network, its running average, and the optimiser.
     out = Path(args.out)
     last = out / "last.pt"
+    if any(path.is_file() for path in (out, *out.parents)):
+        fail(f"--out {out} is not a directory, or lies in a file")
     torch.manual_seed(args.seed)
     try:
         net = build_network(args.model, data.meta, args.conditioning).to(device)
@@ -309,7 +311,10 @@ def main(args):
     # Resume where the run's last checkpoint stands.
     start, parts = 0, {"net": net, "ema": ema, "optimizer": optimizer, "pacer": pacer}
     if last.exists():
-        saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        try:
+            saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+            fail(f"{last} is damaged ({type(error).__name__}); remove it or name another --out")
         if saved["meta"] != data.meta:
             source = saved["meta"]["source"]
             fail(f"{out} is a run on {source}; name another --out for --data {args.data}")
@@ -333,6 +338,10 @@ def main(args):
         f"{world} x {device.type}, {args.dtype}; on each {len(chunks)} x {micro} samples a step, "
         f"{num_neq} of {micro} with r < t"
     )
+    if start == steps:
+        say(f"{last} is complete already")
+    if (kept := args.ema_decay**steps) > 0.05:
+        say(f"note: {kept:.0%} of the EMA will still be the initial weights; lower --ema-decay")
     if args.dry_run:
         say(json.dumps(vars(args), indent=1))
         return
@@ -353,7 +362,7 @@ def main(args):
             for step in range(start, steps)
             for chunk in chunks
         ),
-        num_workers=args.workers,
+        num_workers=min(args.workers, os.cpu_count() or 1),
         collate_fn=tuple,  # the dataset gives whole batches
         pin_memory=device.type == "cuda",
     )
@@ -372,7 +381,9 @@ def main(args):
         ended = step == steps
         s = schedules.training_progress(step, steps, args.beta_k)
 
-        if history and (ended or step % args.log_every == 0 or step % args.save_every == 0):
+        # The first step has a line of its own, so that a slow run shows at once how slow it is.
+        due = ended or step == start + 1
+        if history and (due or step % args.log_every == 0 or step % args.save_every == 0):
             rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
             bad = (~rows.isfinite().all(1)).nonzero()
             if len(bad):
