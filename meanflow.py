@@ -42,7 +42,10 @@ def guided_velocity(v, u_label, u_null, omega, kappa):
 
 
 def corruption(v, k, generator=None):
-    """k |v| N(0, I), |v| over C, H, W: spoils the target of r = t (arXiv 2511.19065v1, Fig. 3)."""
+    """k |v| N(0, I), to spoil the target where r = t: arXiv 2511.19065v1, Sec. 4.1 and Fig. 3.
+
+    differs: the paper does not say over what |v| is taken; here it is over C, H, W of a sample.
+    """
     size = expand(v.flatten(1).norm(dim=1), v)
     return k * size * torch.randn(v.shape, generator=generator, device=v.device)
 
