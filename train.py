@@ -44,7 +44,7 @@ RECIPES = {name: {} for name in CONFIGS} | {
     "L/2":   dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.8)),
     "XL/2":  dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.75)),
     "XL/2+": dict(epochs=1000, cfg_interval=(0.3, 0.8)),
-    # Ours, for the built-in digits: short, so with a fast learning rate and a short EMA.
+    # differs: ours, for the built-in digits; short, so with a fast learning rate and a short EMA.
     "tiny":  dict(epochs=5, batch_size=64, lr=4e-3, warmup=100, ema_decay=0.996, workers=0,
                   log_every=100, sample_every=200, save_every=500),
 }  # fmt: skip
