@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from sample import save_grid
+from sample import is_in_file, save_grid
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
@@ -270,7 +270,7 @@ def parse_args(argv=None):
         args.size = 16 if args.source == "glyphs" else 32
     if min(args.size, args.count) < 1 or min(args.workers, args.seed) < 0:
         parser.error("--size and --count must be positive, --workers and --seed not negative")
-    if any(path.is_file() for path in (Path(args.out), *Path(args.out).parents)):
+    if is_in_file(Path(args.out)):
         parser.error(f"--out {args.out} is not a directory, or lies in a file")
     if (Path(args.out) / "meta.json").exists():
         parser.error(f"--out {args.out} already holds a dataset; remove it or name another")

@@ -74,6 +74,11 @@ def save_grid(pixels, path, columns):
     grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
+def is_in_file(path):
+    """Whether no directory can be made at `path`, since it or a parent of it is a file."""
+    return any(part.is_file() for part in (path, *path.parents))
+
+
 def draw(net, labels, seed=0, batch_size=250, nfe=1, velocity=False, device="cpu"):
     """Yield (n, C, H, W) uint8 batches on the CPU: picture i under labels[i], from noise i."""
     for start in range(0, len(labels), batch_size):
@@ -99,18 +104,16 @@ def parse_args(argv=None):
     add("--velocity", action="store_true", help="Euler on u(z, t, t), the instantaneous velocity")
     add("--seed", type=int, default=0, help="another seed draws other noise")
     add("--batch-size", type=int, default=250, help="pictures at once")
-    add(
-        "--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda, cuda:1"
-    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
     args = parser.parse_args(argv)
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
     args.out = Path(args.out)
-    folder = args.out.parent if args.out.suffix.lower() in (".png", ".npz") else args.out
-    if (
-        any(path.is_file() for path in (folder, *folder.parents))
-        or ".jp" in args.out.suffix.lower()
-    ):
+    args.kind = args.out.suffix.lower()
+    args.folder = args.out.parent if args.kind in (".png", ".npz") else args.out
+    other_picture = args.kind != ".png" and args.kind in Image.registered_extensions()
+    if other_picture or is_in_file(args.folder):
         parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
     try:
         args.net = load_checkpoint(args.checkpoint)[0].to(args.device)
@@ -127,8 +130,8 @@ def parse_args(argv=None):
 
 
 def main(args):
-    net, out, kind = args.net, args.out, args.out.suffix.lower()
-    (out.parent if kind in (".png", ".npz") else out).mkdir(parents=True, exist_ok=True)
+    net, out = args.net, args.out
+    args.folder.mkdir(parents=True, exist_ok=True)
     pictures = np.empty((args.num, net.channels, net.size, net.size), np.uint8)
     begin, done = time.time(), 0
     options = (args.seed, args.batch_size, args.nfe, args.velocity, args.device)
@@ -138,9 +141,9 @@ def main(args):
         left = (time.time() - begin) / done * (args.num - done)
         print(f"\r{done:,} of {args.num:,} pictures, {left:.0f} s left ", end="", file=sys.stderr)
     print(file=sys.stderr)
-    if kind == ".npz":
+    if args.kind == ".npz":
         np.savez(out, arr_0=rearrange(pictures, "n c h w -> n h w c"))
-    elif kind == ".png":
+    elif args.kind == ".png":
         columns = len(set(args.labels))
         columns = columns if columns <= 16 else math.ceil(math.sqrt(args.num))
         save_grid(pictures, out, columns)

@@ -31,9 +31,10 @@ import meanflow
 import schedules
 from model import CONDITIONINGS, CONFIGS
 from prepare_latents import Dataset, write_glyphs
-from sample import build_network, draw, keyed_generator, load_checkpoint, save_grid
+from sample import build_network, draw, is_in_file, keyed_generator, load_checkpoint, save_grid
 
-# arXiv 2505.13447v1, Tab. 4: what all models share, then what is a model's own.
+# arXiv 2505.13447v1, Tab. 4: what most models share, then what is a model's own. How many workers
+# read the data, and how often a run logs, draws and saves, is ours.
 PAPER = dict(
     epochs=240, batch_size=256, lr=1e-4, warmup=0, adam_beta2=0.95, ema_decay=0.9999,
     label_drop=0.1, omega=1.0, kappa=0.5, cfg_interval=(0.0, 1.0), r_neq_t=0.25,
@@ -279,7 +280,7 @@ def main(args):
     # Network, its running average, and the optimiser.
     out = Path(args.out)
     last = out / "last.pt"
-    if any(path.is_file() for path in (out, *out.parents)):
+    if is_in_file(out):
         fail(f"--out {out} is not a directory, or lies in a file")
     torch.manual_seed(args.seed)
     try:
