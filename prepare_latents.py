@@ -2,43 +2,142 @@
 
     python prepare_latents.py glyphs --out data/glyphs       the built-in pictures: ten digits
     python prepare_latents.py IMAGES --out DIR --size 32     IMAGES/class/picture.png, as pixels
+    torchrun --nproc_per_node=8 prepare_latents.py IMAGES --out data/imagenet --vae FILE
 
-A dataset is a directory with
+The last stores the latents of 256x256 images by the VAE of Stable Diffusion (arXiv 2112.10752) in
+FILE. The same command again goes on where it was interrupted. A dataset is a directory with
 
-    images.npy   (N, C, H, W) uint8, memory-mapped when read
-    labels.npy   (N,) int32
-    meta.json    format, count, shape (C, H, W), dtype, scale and shift (the network's x is
-                 scale * stored + shift), classes (names; empty: unconditional), source
+    images.npy   (N, C, H, W) uint8, or for latents (N, 2C, H, W) float16: mean and standard
+                 deviation of the posterior; memory-mapped when read
+    labels.npy   (N,) int32; below 0 marks a row without a picture: its file could not be read
+    meta.json    format, count N, shape (C, H, W) of the network's x, dtype, scale and shift,
+                 classes (names; empty: unconditional), source, vae (fingerprint of its encoder,
+                 or null), mirrored (whether the second half of the rows mirrors the first)
     preview.png  a look at the first pictures of up to ten classes
 
-meta.json is written last: a directory without it holds an unfinished dataset.
+where x = scale * stored + shift, or for latents x = scale * (mean + std * noise). meta.json comes
+last: a directory without it holds an unfinished dataset.
 """
 
 import argparse
+import hashlib
 import json
 import math
+import os
+import shutil
 import sys
 import time
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-from sample import is_in_file, save_grid
+from torch import nn
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
+LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+
+
+# ---------------------------------------------------------------------------- shared by the scripts
+
+
+def join_ranks(backend="gloo", timeout=timedelta(days=1)):
+    """(rank, world, device) of this process: alone, or one of torchrun's, each with its own GPU.
+
+    The timeout is long: ranks that have finished their share wait for the slowest.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group(backend, timeout=timeout)
+    return rank, world, device
+
+
+def default_workers():
+    """Processes that decode images for a rank: its share of the cores, at most 8."""
+    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def wait_for_all():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+class Progress:
+    """How far long work is: a line rewritten in place, or in a log file a new one now and then."""
+
+    def __init__(self, what, total, silent=False):
+        self.what, self.total, self.silent, self.done = what, total, silent, 0
+        self.begin, self.shown = time.time(), 0.0
+        self.every, self.end = (0.5, "") if sys.stderr.isatty() else (30, "\n")
+
+    def __call__(self, more):
+        self.done, now = self.done + more, time.time()
+        if not self.silent and (now - self.shown > self.every or self.done == self.total):
+            left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
+            line = f"{self.what}: {self.done:,} of {self.total:,} pictures, {left} left"
+            print(f"\r{line} " if not self.end else line, end=self.end, file=sys.stderr, flush=True)
+            self.shown = now
+            if self.done == self.total and not self.end:
+                print(file=sys.stderr)
+
+
+def replace_file(path, write):
+    """All or nothing: readers of `path` find the old file or the whole new one. write(file)."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def is_in_file(path):
+    """Whether no directory can be made at `path`, since it or a parent of it is a file."""
+    return any(part.is_file() for part in (path, *path.parents))
+
+
+def to_uint8(x):
+    """[-1, 1] to 0 .. 255, truncated as in the papers' evaluation: (B, C, H, W) -> (B, C, H, W)."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+
+
+def to_image(pixels):
+    """(C, H, W) uint8 array to Pillow. Latents (C = 4) show as their first three channels."""
+    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0))
+
+
+def save_grid(pixels, path, columns):
+    """One PNG of (N, C, H, W) uint8 pictures in rows of `columns`; small ones are enlarged."""
+    blanks = np.zeros((-len(pixels) % columns, *pixels.shape[1:]), np.uint8)
+    pixels = np.concatenate([pixels, blanks])
+    grid = to_image(rearrange(pixels, "(r c) k h w -> k (r h) (c w)", c=columns))
+    zoom = max(1, 64 // pixels.shape[-1])
+    grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path)
 
 
 # ---------------------------------------------------------------------------- the dataset format
 
 
+def stored_shape(meta):
+    """Shape of a row of images.npy: a latent's mean and standard deviation, or pixels."""
+    channels, *size = meta["shape"]
+    return (2 * channels if meta.get("vae") else channels, *size)
+
+
 class Dataset(torch.utils.data.Dataset):
     """Reads a dataset directory; a list of indices gives one batch.
 
-    dataset.__getitems__(indices) -> images (B, C, H, W) as stored, labels (B,) int64, both tensors.
+    dataset.__getitems__(indices) -> images (B, ...) as stored, labels (B,) int64, both tensors.
     Raises ValueError, one line with the file and the mend, where there is no whole dataset.
     """
 
@@ -48,8 +147,12 @@ class Dataset(torch.utils.data.Dataset):
             self.meta = meta = json.loads((path / "meta.json").read_text())
             self.images = images = np.load(path / "images.npy", mmap_mode="r")
             self.labels = labels = np.load(path / "labels.npy")
-            shape, num_labels = (meta["count"], *meta["shape"]), max(len(meta["classes"]), 1)
+            shape, num_labels = (meta["count"], *stored_shape(meta)), max(len(meta["classes"]), 1)
         except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            if (path / DatasetWriter.DRAFT).exists() and not (path / "meta.json").exists():
+                raise ValueError(
+                    f"{path} is unfinished; run prepare_latents.py again, it goes on from there"
+                ) from None
             message = f"{path} holds no whole dataset ({error}); make one with prepare_latents.py"
             raise ValueError(message) from None
         if meta.get("format") != FORMAT:
@@ -59,68 +162,344 @@ class Dataset(torch.utils.data.Dataset):
                 f"{path}/images.npy is {images.dtype} {images.shape} and not {meta['dtype']} "
                 f"{shape} as meta.json says; prepare the dataset again"
             )
-        if labels.shape != shape[:1] or labels.min() < 0 or labels.max() >= num_labels:
+        self.rows = np.flatnonzero(labels >= 0)
+        if labels.shape != shape[:1] or not len(self.rows) or labels.max() >= num_labels:
             raise ValueError(
                 f"{path}/labels.npy is not {shape[0]} labels from 0 to {num_labels - 1} as "
                 "meta.json says; prepare the dataset again"
             )
 
     def __len__(self):
-        return len(self.images)
+        return len(self.rows)
+
+    @property
+    def epoch_length(self):
+        """Pictures in an epoch: a picture and its mirror image count as one."""
+        return len(self) // 2 if self.meta.get("mirrored") else len(self)
 
     def __reduce__(self):
         return Dataset, (self.path,)  # a worker process maps the array anew and copies nothing
 
     def __getitems__(self, indices):
-        labels = self.labels[indices].astype(np.int64)
-        return torch.from_numpy(self.images[indices]), torch.from_numpy(labels)
+        rows = self.rows[indices]
+        return torch.from_numpy(self.images[rows]), torch.from_numpy(self.labels[rows].astype(int))
 
 
-def write_dataset(out, batches, count, shape, classes, source):
-    """Write a dataset from batches of (images (n, C, H, W) uint8, labels (n,)).
+def network_input(stored, meta, generator=None):
+    """The network's x (B, C, H, W) from rows of images.npy: pixels scaled, latents drawn afresh."""
+    if not meta.get("vae"):
+        return stored.float() * meta["scale"] + meta["shift"]
+    mean, std = stored.float().chunk(2, dim=1)
+    noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+    return (mean + std * noise) * meta["scale"]
 
-    count: an upper bound on the number of pictures; the array is cut to what came.
+
+class DatasetWriter:
+    """Fills a dataset in place, on one process or several, and goes on where another run ended.
+
+    images.npy and labels.npy have their full size from the start, every label -1. The images of a
+    batch are on the disk before their labels are written: whatever has a label is there.
+    ValueError where the directory holds another dataset. Rank 0 makes the files: it comes first.
     """
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    images = np.lib.format.open_memmap(out / "images.npy", "w+", np.uint8, (count, *shape))
-    labels = np.zeros(count, np.int32)
-    done, begin, shown = 0, time.time(), 0.0
-    for batch, batch_labels in batches:
-        images[done : done + len(batch)] = batch
-        labels[done : done + len(batch)] = batch_labels
-        done += len(batch)
-        if time.time() - shown > 1 or done == count:
-            shown = time.time()
-            left = (shown - begin) / max(done, 1) * (count - done)
-            print(
-                f"\r{out}: {done:,} of {count:,} pictures, {left:.0f} s left ", end="", flush=True
-            )
-    print()
-    if not done:
-        sys.exit(f"prepare_latents.py: error: {source} holds no readable picture")
-    images.flush()
-    if done < count:
-        shrink(out / "images.npy", images, done)
-        images, labels = np.load(out / "images.npy", mmap_mode="r"), labels[:done]
-    np.save(out / "labels.npy", labels)
-    firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels)[:10]]
-    rows = [[images[i] for i in np.resize(first, 5)] for first in firsts]
-    save_grid(np.concatenate(np.stack(rows, axis=1)), out / "preview.png", columns=len(firsts))
-    meta = dict(
-        format=FORMAT, count=done, shape=list(shape), dtype="uint8", scale=1 / 127.5, shift=-1.0,
-        classes=classes, source=source,
-    )  # fmt: skip
-    (out / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    print(f"{out}: {done:,} pictures {tuple(shape)} of {len(classes)} classes, see preview.png")
+
+    DRAFT = "unfinished.json"  # becomes meta.json
+
+    def __init__(self, out, meta):
+        self.out, self.meta = Path(out), meta
+        shape = (meta["count"], *stored_shape(meta))
+        meta_files = [self.out / "meta.json", self.out / self.DRAFT]
+        if found := [path for path in meta_files if path.exists()]:
+            was = json.loads(found[0].read_text())
+            if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
+                problem = f"--out {out} holds a dataset with another {', '.join(other)}"
+                raise ValueError(f"{problem}; remove it or name another")
+        else:
+            self.out.mkdir(parents=True, exist_ok=True)
+            needed = math.prod(shape) * np.dtype(meta["dtype"]).itemsize
+            if (free := shutil.disk_usage(self.out).free) < needed:
+                problem = f"--out {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free"
+                raise ValueError(problem)
+            np.lib.format.open_memmap(self.out / "images.npy", "w+", meta["dtype"], shape)
+            np.save(self.out / "labels.npy", np.full(meta["count"], -1, np.int32))
+            self.write_meta(self.DRAFT)
+        self.complete = (self.out / "meta.json").exists()
+        self.images = np.load(self.out / "images.npy", mmap_mode="r")
+        self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
+
+    def write_meta(self, name):
+        text = json.dumps(self.meta, indent=1) + "\n"
+        replace_file(self.out / name, lambda file: file.write(text.encode()))
+
+    def write(self, first, images, labels):
+        """Rows first, first + 1, ... of this process: images as stored, labels (-1: no picture).
+
+        Written, not mapped: processes on other machines may write to the same page of the file.
+        """
+        for array, rows in [(self.images, images), (self.labels, labels)]:
+            rows = np.ascontiguousarray(rows, array.dtype)
+            with open(array.filename, "r+b") as file:
+                file.seek(array.offset + first * array[0].nbytes)
+                file.write(rows)
+                file.flush()
+                os.fsync(file.fileno())
+
+    def finish(self, show):
+        """Rank 0, after all ranks have written. show: rows as stored to (n, C, H, W) uint8."""
+        labels, names = np.load(self.out / "labels.npy"), len(self.meta["classes"])
+        if not (labels >= 0).any():
+            raise ValueError(f"{self.meta['source']} holds no readable picture")
+        firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels[labels >= 0])[:10]]
+        each = 1 if self.meta.get("vae") else 5  # to decode a latent takes a while on a CPU
+        rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
+        save_grid(show(self.images[rows.ravel()]), self.out / "preview.png", columns=len(firsts))
+        self.write_meta("meta.json")
+        (self.out / self.DRAFT).unlink()
+        count, shape = (labels >= 0).sum(), tuple(self.meta["shape"])
+        print(f"{self.out}: {count:,} pictures {shape} of {names} classes, see preview.png")
+        if count < len(labels):
+            print(f"{len(labels) - count} of {len(labels)} pictures could not be read: left out")
 
 
-def shrink(path, array, count):
-    """Cut a .npy file to its first `count` rows in place: numpy pads its headers to allow it."""
-    header = {"descr": array.dtype.str, "fortran_order": False, "shape": (count, *array.shape[1:])}
-    with open(path, "r+b") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + count * array[0].nbytes)
+# ---------------------------------------------------------------------------- the VAE
+
+
+def load_weights(path):
+    """The tensors of a .safetensors file, or of one that torch.save wrote, by name, on the CPU.
+
+    ValueError, one line, for a file that is neither. Nothing in the file is ever executed.
+    """
+    try:
+        if Path(path).suffix == ".safetensors":
+            return read_safetensors(path)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(state.get("state_dict", state))
+    except FileNotFoundError:
+        raise ValueError(f"{path} is not a file") from None
+    except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
+        problem = f"{path} is damaged or no file of weights ({type(error).__name__}: {error})"
+        raise ValueError(" ".join(problem.split())[:300]) from None
+
+
+SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
+
+
+def read_safetensors(path):
+    """8 bytes of length, a JSON header of that length, then the raw little-endian tensors."""
+    data = np.memmap(path, np.uint8, "c")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    if start > len(data):
+        raise ValueError("its header is longer than the file")
+    header, data = json.loads(data[8:start].tobytes()), data[start:]
+    header.pop("__metadata__", None)
+    state = {}
+    for name, entry in header.items():
+        dtype, shape, (begin, end) = (
+            SAFETENSORS[entry["dtype"]],
+            *map(entry.get, ("shape", "data_offsets")),
+        )
+        if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
+            raise ValueError(f"{name} does not lie within the file")
+        # Copied, since nothing aligns a tensor to its element size.
+        state[name] = torch.from_numpy(data[begin:end].copy()).view(dtype).reshape(shape)
+    return state
+
+
+def load_strictly(net, state, path):
+    """Every weight of `net` from `state` and nothing left over; ValueError, one line, otherwise."""
+    ours = net.state_dict()
+    lacking, unknown = ours.keys() - state.keys(), state.keys() - ours.keys()
+    other = {name for name in ours.keys() - lacking if ours[name].shape != state[name].shape}
+    for names, fault in [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]:
+        if names:
+            raise ValueError(f"{path} {fault} {len(names)} weights, {min(names)} among them")
+    net.load_state_dict(state)
+
+
+def fingerprint(state):
+    """Short hash of the names and values of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def norm(width):
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised convolutions and a shortcut: (B, C, H, W) -> (B, C', H, W)."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__()
+        self.norm1, self.conv1 = norm(inputs), nn.Conv2d(inputs, outputs, 3, padding=1)
+        self.norm2, self.conv2 = norm(outputs), nn.Conv2d(outputs, outputs, 3, padding=1)
+        if inputs != outputs:
+            self.conv_shortcut = nn.Conv2d(inputs, outputs, 1)
+
+    def forward(self, x):
+        h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
+        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+
+
+class PixelAttention(nn.Module):
+    """Self-attention of one head between all places: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.group_norm = norm(width)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
+        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+
+    def forward(self, x):
+        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
+        return x + rearrange(self.to_out[0](h), "b (h w) c -> b c h w", h=x.shape[2])
+
+
+class Downsample(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded at the right and at the bottom alone
+
+
+class Upsample(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, and the step to the next."""
+
+    def __init__(self, inputs, outputs, blocks, downsample=False, upsample=False):
+        super().__init__()
+        self.resnets = nn.ModuleList(
+            ResnetBlock(outputs if i else inputs, outputs) for i in range(blocks)
+        )
+        if downsample:
+            self.downsamplers = nn.ModuleList([Downsample(outputs)])
+        if upsample:
+            self.upsamplers = nn.ModuleList([Upsample(outputs)])
+
+    def forward(self, x):
+        for part in self.children():
+            for layer in part:
+                x = layer(x)
+        return x
+
+
+class Middle(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.attentions = nn.ModuleList([PixelAttention(width)])
+        self.resnets = nn.ModuleList([ResnetBlock(width, width) for _ in range(2)])
+
+    def forward(self, x):
+        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+
+
+class Encoder(nn.Module):
+    def __init__(self, widths, latent):
+        super().__init__()
+        self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
+        pairs = list(zip(widths[:1] + widths, widths, strict=False))
+        self.down_blocks = nn.ModuleList(
+            Level(*pair, 2, downsample=i < len(pairs) - 1) for i, pair in enumerate(pairs)
+        )
+        self.mid_block = Middle(widths[-1])
+        self.conv_norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * latent, 3, padding=1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for block in self.down_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, widths, latent):
+        super().__init__()
+        widths = widths[::-1]
+        self.conv_in = nn.Conv2d(latent, widths[0], 3, padding=1)
+        self.mid_block = Middle(widths[0])
+        pairs = list(zip(widths[:1] + widths, widths, strict=False))
+        self.up_blocks = nn.ModuleList(
+            Level(*pair, 3, upsample=i < len(pairs) - 1) for i, pair in enumerate(pairs)
+        )
+        self.conv_norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.mid_block(self.conv_in(z))
+        for block in self.up_blocks:
+            x = block(x)
+        return self.conv_out(F.silu(self.conv_norm_out(x)))
+
+
+class VAE(nn.Module):
+    """Stable Diffusion's autoencoder (arXiv 2112.10752) under diffusers' names of the weights.
+
+    encode: images (B, 3, H, W) in [-1, 1] -> mean and log-variance (B, C, H/8, W/8) of a latent.
+    decode: latents (B, C, H/8, W/8), not scaled -> images (B, 3, H, W), about [-1, 1].
+    """
+
+    def __init__(self, widths=(128, 256, 512, 512), latent=4):
+        super().__init__()
+        self.encoder, self.decoder = Encoder(list(widths), latent), Decoder(list(widths), latent)
+        self.quant_conv = nn.Conv2d(2 * latent, 2 * latent, 1)
+        self.post_quant_conv = nn.Conv2d(latent, latent, 1)
+        self.latent, self.factor = latent, 2 ** (len(widths) - 1)
+
+    def encode(self, x):
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)
+
+    def decode(self, z):
+        return self.decoder(self.post_quant_conv(z))
+
+    def fingerprint(self):
+        """Of what makes latents: the published fine-tuned VAEs differ in their decoders alone."""
+        state = self.state_dict()
+        return fingerprint({k: v for k, v in state.items() if k.startswith(("enc", "quant"))})
+
+
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+def load_vae(path):
+    """The VAE in a file of diffusers' names, old or new, as float32; its widths come from there."""
+    state = {}
+    for name, tensor in load_weights(path).items():
+        parts = [OLD_NAMES.get(part, part) for part in name.split(".")]
+        state[".".join(parts)] = tensor
+    try:
+        levels = sum(name.endswith("samplers.0.conv.weight") for name in state) // 2 + 1
+        name = "encoder.down_blocks.{}.resnets.0.conv1.weight"
+        widths = [len(state[name.format(level)]) for level in range(levels)]
+        vae = VAE(widths, len(state["post_quant_conv.weight"]))
+    except KeyError:
+        message = f"{path} holds no VAE under diffusers' names, such as encoder.conv_in.weight"
+        raise ValueError(message) from None
+    load_strictly(vae, state, path)
+    return vae.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def to_pixels(x, vae=None, scale=1.0, at_once=16):
+    """The network's x to uint8 pictures on the CPU; latents are decoded, a few at once."""
+    if vae:
+        x = torch.cat([vae.decode(part / scale) for part in x.split(at_once)])
+    return to_uint8(x).cpu().numpy()
 
 
 # ---------------------------------------------------------------------------- built-in pictures
@@ -157,30 +536,54 @@ def draw_digit(digit, size, rng):
 
 def write_glyphs(out, count=20_000, size=16, seed=0):
     """The built-in dataset: digits 0 to 9 in turn, (1, size, size), the same for the same seed."""
-    rng = np.random.default_rng(seed)
-
-    def batches(length=500):
-        for start in range(0, count, length):
-            labels = np.arange(start, min(start + length, count)) % 10
-            yield np.stack([draw_digit(digit, size, rng)[None] for digit in labels]), labels
-
-    classes = [str(digit) for digit in range(10)]
-    write_dataset(out, batches(), count, (1, size, size), classes, f"glyphs, seed {seed}")
+    meta = dict(
+        format=FORMAT, count=count, shape=[1, size, size], dtype="uint8", scale=1 / 127.5,
+        shift=-1.0, classes=[str(digit) for digit in range(10)], source=f"glyphs, seed {seed}",
+        files=f"seed {seed}",
+    )  # fmt: skip
+    writer = DatasetWriter(out, meta)
+    if writer.complete:
+        print(f"{out} is complete already")
+        return
+    rng, progress = np.random.default_rng(seed), Progress(out, count)
+    for start in range(0, count, 1000):
+        labels = np.arange(start, min(start + 1000, count)) % 10
+        writer.write(start, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
+        progress(len(labels))
+    writer.finish(show=lambda rows: rows)
 
 
 # ---------------------------------------------------------------------------- a folder of images
 
 
+def read_image(path, size=None):
+    """(3, H, W) uint8 of a picture file as a viewer shows it; cut to size x size where given.
+
+    ValueError, one line that names the file, where Pillow cannot read it.
+    """
+    try:
+        with Image.open(path) as image:
+            image = to_rgb(ImageOps.exif_transpose(image))
+            image = image if size is None else center_crop(image, size)
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
+    return np.asarray(image).transpose(2, 0, 1)
+
+
+def image_files(folder):
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+
+
 class ImageFolder(torch.utils.data.Dataset):
     """root/class/**/picture: item i is (pixels (3, size, size) uint8, label, None) or, for a file
-    that cannot be read, (None, label, one line that names it). Classes go by alphabet.
+    that cannot be read, (zeros, -1, one line that names it). Classes go by alphabet.
     """
 
     def __init__(self, root, size):
-        self.size, self.classes, self.files = size, [], []
-        for folder in sorted(Path(root).iterdir()):
+        self.root, self.size, self.classes, self.files = Path(root), size, [], []
+        for folder in sorted(self.root.iterdir()):
             if folder.is_dir() and not folder.name.startswith("."):
-                paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+                paths = image_files(folder)
                 self.files += [(path, len(self.classes)) for path in paths]
                 self.classes += [folder.name] if paths else []
 
@@ -190,11 +593,22 @@ class ImageFolder(torch.utils.data.Dataset):
     def __getitem__(self, index):
         path, label = self.files[index]
         try:
-            with Image.open(path) as image:
-                image = center_crop(to_rgb(ImageOps.exif_transpose(image)), self.size)
-        except Exception as error:  # Pillow raises many kinds for a damaged file
-            return None, label, f"{path} cannot be read ({type(error).__name__})"
-        return np.asarray(image).transpose(2, 0, 1), label, None
+            return read_image(path, self.size), label, None
+        except ValueError as error:
+            return np.zeros((3, self.size, self.size), np.uint8), -1, str(error)
+
+    def fingerprint(self):
+        names = "\n".join(str(path.relative_to(self.root)) for path, _ in self.files)
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+
+
+def collate(items):
+    pixels, labels, faults = zip(*items, strict=True)
+    return (
+        torch.from_numpy(np.stack(pixels)),
+        np.array(labels),
+        [fault for fault in faults if fault],
+    )
 
 
 def to_rgb(image):
@@ -218,37 +632,78 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def write_folder(root, out, size, workers, skip_unreadable):
-    """Images of root/class/ as pixels. A VAE would encode the loader's batches here.
+def write_folder(args):
+    """Images of root/class/ as pixels or, with a VAE, as latents; mirrored ones only by --flip.
 
-    No mirrored images are added, as in the code of MeanFlow's authors.
+    The unit of work is a batch of given pictures, whichever rank it falls to and whenever: so the
+    arrays come out the same on any number of ranks and however often the work was interrupted.
     """
-    folder = ImageFolder(root, size)
-    if not len(folder):
-        sys.exit(f"prepare_latents.py: error: {root} has no images in sub-folders, one for a class")
+    rank, world, device = join_ranks()
+    folder = ImageFolder(args.source, args.size)
+    if not (count := len(folder)):
+        raise ValueError(f"{args.source} has no images in sub-folders, one for a class")
+    meta = dict(
+        format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
+        dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
+        vae=None, files=folder.fingerprint(), source=str(args.source),
+    )  # fmt: skip
+    if args.vae:
+        vae = load_vae(args.vae)
+        side = args.size // vae.factor
+        meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, scale=LATENT_SCALE, shift=0)
+        meta |= dict(vae=vae.fingerprint())
+        vae.to(device)
+
+    @torch.no_grad()
+    def encode(pixels):
+        if not args.vae:
+            return pixels.numpy()
+        pixels = pixels.to(device, non_blocking=True)
+        mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
+        latents = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(args.dtype)
+        if not np.isfinite(latents).all():
+            raise ValueError(f"--vae {args.vae} gives latents that {args.dtype} cannot hold")
+        return latents
+
+    def show(rows):
+        if not args.vae:
+            return rows
+        mean = torch.from_numpy(rows).float().chunk(2, dim=1)[0]
+        return to_pixels(mean.to(device), vae)
+
+    if rank > 0:
+        wait_for_all()
+    writer = DatasetWriter(args.out, meta)
+    if rank == 0:
+        wait_for_all()
+    if writer.complete:
+        if rank == 0:
+            print(f"{args.out} is complete already")
+        return
+    batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
+    todo = [batch for batch in batches if writer.labels[batch].min() < 0]
+    if rank == 0 and len(todo) < len(batches):
+        done = len(batches) - len(todo)
+        print(f"{args.out}: going on, {done} of {len(batches)} batches are done")
+    todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
     loader = torch.utils.data.DataLoader(
-        folder, batch_size=64, num_workers=workers, collate_fn=list
-    )
-    skipped = 0
-
-    def batches():
-        nonlocal skipped
-        for items in loader:
-            for message in (message for _, _, message in items if message):
-                print()
-                if not skip_unreadable:
-                    sys.exit(
-                        f"prepare_latents.py: error: {message}; mend it or pass --skip-unreadable"
-                    )
-                print(f"skipped: {message}")
-                skipped += 1
-            kept = [(pixels, label) for pixels, label, message in items if not message]
-            if kept:
-                yield np.stack([pixels for pixels, _ in kept]), [label for _, label in kept]
-
-    write_dataset(out, batches(), len(folder), (3, size, size), folder.classes, str(root))
-    if skipped:
-        print(f"{skipped} of {len(folder)} files could not be read and were skipped")
+        folder, batch_sampler=todo, num_workers=args.workers, collate_fn=collate,
+        pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    what = f"{args.out}, rank 0 of {world}" if world > 1 else args.out
+    progress = Progress(what, sum(map(len, todo)), silent=rank > 0)
+    for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
+        for fault in faults:
+            if not args.skip_unreadable:
+                raise ValueError(f"{fault}; mend it or pass --skip-unreadable")
+            print(f"\nskipped: {fault}", file=sys.stderr)
+        if args.flip:  # first, so that a label among the first half vouches for both
+            writer.write(count + batch[0], encode(pixels.flip(-1)), labels)
+        writer.write(batch[0], encode(pixels), labels)
+        progress(len(batch))
+    wait_for_all()
+    if rank == 0:
+        writer.finish(show)
 
 
 def parse_args(argv=None):
@@ -259,32 +714,48 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("source", help="'glyphs', or a folder with one sub-folder of images per class")
-    add("--out", required=True, help="directory of the dataset to write")
-    add("--size", type=int, help="height and width in pixels (default: glyphs 16, folder 32)")
+    add("--out", required=True, type=Path, help="directory of the dataset to write")
+    add("--vae", help="weights of the VAE that turns images into latents, in diffusers' format")
+    add("--size", type=int, help="height and width in pixels (default: glyphs 16, pixels 32, "
+        "latents 256)")  # fmt: skip
+    add("--flip", action="store_true", help="folder: store the mirror images too")
+    add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
+    add("--batch-size", type=int, default=32, help="folder: images at once on a rank")
+    add("--workers", type=int, help="folder: processes per rank that decode images (default: the "
+        "cores of a rank, at most 8)")  # fmt: skip
+    add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
     add("--seed", type=int, default=0, help="glyphs: another seed draws other pictures")
-    add("--workers", type=int, default=2, help="folder: processes that decode images")
-    add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     args = parser.parse_args(argv)
+    glyphs = args.source == "glyphs"
     if args.size is None:
-        args.size = 16 if args.source == "glyphs" else 32
-    if min(args.size, args.count) < 1 or min(args.workers, args.seed) < 0:
-        parser.error("--size and --count must be positive, --workers and --seed not negative")
-    if is_in_file(Path(args.out)):
+        args.size = 16 if glyphs else 256 if args.vae else 32
+    if args.workers is None:
+        args.workers = default_workers()
+    if min(args.size, args.count, args.batch_size) < 1 or min(args.workers, args.seed) < 0:
+        parser.error(
+            "--size, --count and --batch-size must be positive, --workers and --seed not negative"
+        )
+    if is_in_file(args.out):
         parser.error(f"--out {args.out} is not a directory, or lies in a file")
-    if (Path(args.out) / "meta.json").exists():
-        parser.error(f"--out {args.out} already holds a dataset; remove it or name another")
-    if args.source != "glyphs" and not Path(args.source).is_dir():
+    if not glyphs and not Path(args.source).is_dir():
         parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of class folders")
+    if glyphs and (args.vae or args.flip):
+        parser.error("--vae and --flip are for a folder of images, not for glyphs")
     return args
 
 
 def main(args):
-    if args.source == "glyphs":
-        write_glyphs(args.out, args.count, args.size, args.seed)
-    else:
-        write_folder(args.source, args.out, args.size, args.workers, args.skip_unreadable)
+    try:
+        if args.source == "glyphs":
+            write_glyphs(args.out, args.count, args.size, args.seed)
+        else:
+            write_folder(args)
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare_latents.py: error: {error}")
 
 
 if __name__ == "__main__":
     main(parse_args())
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,25 +1,43 @@
 """Draw pictures from a checkpoint, by default in one evaluation of its EMA network.
 
     python sample.py runs/tiny-dtd/last.pt --out grid.png
-    python sample.py CKPT --classes 207 360 --num 64 --nfe 2 --out pictures/
-    python sample.py CKPT --num 50000 --out samples.npz           uint8 (N, H, W, C) as arr_0
+    python sample.py CKPT --vae FILE --classes 207 360 --num 64 --nfe 2 --out pictures/
+    torchrun --nproc_per_node=8 sample.py CKPT --vae FILE --num 50000 --out samples.npz
 
-Picture i depends on the seed and on i alone, whatever the number and the batch size are.
+The last writes uint8 (N, H, W, C) as arr_0, the layout of ADM's evaluation. Picture i depends on
+the seed and on i alone, on any number of ranks; the same command again goes on after an
+interruption.
 """
 
 import argparse
+import json
 import math
+import shutil
 import sys
-import time
+import zipfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
 
 import meanflow
 from model import DiT
+from prepare_latents import (
+    Progress,
+    fingerprint,
+    is_in_file,
+    join_ranks,
+    load_vae,
+    replace_file,
+    save_grid,
+    to_image,
+    to_pixels,
+    wait_for_all,
+)
 
 
 def load_checkpoint(path):
@@ -55,37 +73,58 @@ def noise(indices, shape, seed=0):
     return torch.stack([torch.randn(shape, generator=keyed_generator(seed, i)) for i in indices])
 
 
-def to_uint8(x):
-    """[-1, 1] to 0 .. 255, truncated as in the papers' evaluation: (B, C, H, W) -> (B, C, H, W)."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+def draw(net, labels, indices=None, seed=0, nfe=1, velocity=False):
+    """x (n, C, H, W) under labels (n), from the noises of n indices (default 0, 1, ...)."""
+    device = next(net.parameters()).device
+    indices = range(len(labels)) if indices is None else indices
+    e = noise(indices, (net.channels, net.size, net.size), seed).to(device)
+    y = torch.as_tensor(labels, device=device)
+    return meanflow.sample(net, e, y, nfe, velocity)
 
 
-def to_image(pixels):
-    """(C, H, W) uint8 array to Pillow. Latents (C = 4) show as their first three channels."""
-    return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels[:3].transpose(1, 2, 0))
+# ---------------------------------------------------------------------------- files of pictures
 
 
-def save_grid(pixels, path, columns):
-    """One PNG of (N, C, H, W) uint8 pictures in rows of `columns`; small ones are enlarged."""
-    blanks = np.zeros((-len(pixels) % columns, *pixels.shape[1:]), np.uint8)
-    pixels = np.concatenate([pixels, blanks])
-    grid = to_image(rearrange(pixels, "(r c) k h w -> k (r h) (c w)", c=columns))
-    zoom = max(1, 64 // pixels.shape[-1])
-    grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path)
+def save_batch(path, batch, pixels):
+    """Pixels (n, C, H, W) of a batch into its .npy, or one PNG each; whole files or none."""
+    if path.suffix == ".npy":
+        return replace_file(path, lambda file: np.save(file, pixels))
+    for index, picture in zip(batch, pixels, strict=True):
+        save_png = partial(to_image(picture).save, format="PNG")
+        replace_file(path.with_name(f"{index:06d}.png"), save_png)
 
 
-def is_in_file(path):
-    """Whether no directory can be made at `path`, since it or a parent of it is a file."""
-    return any(part.is_file() for part in (path, *path.parents))
+def save_npz(path, parts, shape, settings):
+    """What np.savez would write for arr_0 (N, H, W, C), without holding the array in memory."""
+
+    def write(file):
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.comment = settings.encode()
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
+                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(array, header)
+                for pixels in parts:
+                    array.write(rearrange(pixels, "n c h w -> n h w c").tobytes())
+
+    replace_file(path, write)
 
 
-def draw(net, labels, seed=0, batch_size=250, nfe=1, velocity=False, device="cpu"):
-    """Yield (n, C, H, W) uint8 batches on the CPU: picture i under labels[i], from noise i."""
-    for start in range(0, len(labels), batch_size):
-        y = torch.as_tensor(labels[start : start + batch_size], device=device)
-        indices = range(start, start + len(y))
-        e = noise(indices, (net.channels, net.size, net.size), seed).to(device)
-        yield to_uint8(meanflow.sample(net, e, y, nfe, velocity)).cpu()
+def settings_of(args):
+    """What is drawn, as text: kept beside unfinished pictures, and in a finished .npz."""
+    names = ("step", "num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size")
+    weights = [net and fingerprint(net.state_dict()) for net in (args.net, args.decoder)]
+    return json.dumps({name: vars(args)[name] for name in names} | {"weights": weights})
+
+
+def npz_settings(path):
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.comment.decode()
+    except (OSError, ValueError, zipfile.BadZipFile):
+        return None
+
+
+# ---------------------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
@@ -97,61 +136,96 @@ def parse_args(argv=None):
     )
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
-    add("--out", required=True, help="grid.png, samples.npz, or a directory for single PNGs")
+    add("--out", required=True, type=Path, help="grid.png, samples.npz, or a directory for PNGs")
+    add("--vae", help="weights of the VAE that decodes latents, in diffusers' format")
     add("--num", type=int, default=100, help="number of pictures")
     add("--classes", type=int, nargs="+", help="labels to go through in turn (default: all)")
+    add("--random-classes", action="store_true", help="draw the labels at random, not in turn")
     add("--nfe", type=int, default=1, help="evaluations of the network for a picture")
     add("--velocity", action="store_true", help="Euler on u(z, t, t), the instantaneous velocity")
     add("--seed", type=int, default=0, help="another seed draws other noise")
-    add("--batch-size", type=int, default=250, help="pictures at once")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=device, help="cpu, cuda, cuda:1, ...")
+    add("--batch-size", type=int, default=250, help="pictures at once on a rank")
     args = parser.parse_args(argv)
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
-    args.out = Path(args.out)
-    args.kind = args.out.suffix.lower()
-    args.folder = args.out.parent if args.kind in (".png", ".npz") else args.out
-    other_picture = args.kind != ".png" and args.kind in Image.registered_extensions()
-    if other_picture or is_in_file(args.folder):
-        parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
+    kind, out = args.out.suffix.lower(), args.out
+    args.kind = kind if kind in (".png", ".npz") else None
+    args.folder = out.with_name(out.name + ".parts") if args.kind else out
+    other_picture = not args.kind and kind in Image.registered_extensions()
+    if other_picture or is_in_file(args.folder) or (args.kind and out.is_dir()):
+        parser.error(f"--out {out}: name a .png, an .npz or a directory")
     try:
-        args.net = load_checkpoint(args.checkpoint)[0].to(args.device)
+        args.net, checkpoint = load_checkpoint(args.checkpoint)
+        args.decoder = load_vae(args.vae) if args.vae else None
     except ValueError as error:
         parser.error(str(error))
-    except (RuntimeError, AssertionError) as error:  # .to() of a device that is not there
-        parser.error(f"--device {args.device}: {str(error).splitlines()[0]}")
+    args.step, args.meta = checkpoint["step"], checkpoint["meta"]
+    encoder = args.meta.get("vae")
+    if encoder and not args.vae:
+        parser.error(f"{args.checkpoint} draws latents: name the weights that decode them, --vae")
+    if args.vae and not encoder:
+        parser.error(f"{args.checkpoint} draws pixels: leave out --vae")
+    if args.vae and args.decoder.fingerprint() != encoder:
+        print(f"note: {args.vae} is not the VAE that made the latents", file=sys.stderr)
     labels = range(max(args.net.num_classes, 1))
     if args.classes is not None and not set(args.classes) <= set(labels):
         parser.error(f"--classes: {args.checkpoint} has the labels 0 to {labels[-1]}")
     classes = args.classes or labels
-    args.labels = [classes[i % len(classes)] for i in range(args.num)]
+    picks = np.arange(args.num) % len(classes)
+    if args.random_classes:
+        picks = np.random.default_rng(args.seed).integers(len(classes), size=args.num)
+    args.labels = [classes[i] for i in picks]
     return args
 
 
 def main(args):
-    net, out = args.net, args.out
-    args.folder.mkdir(parents=True, exist_ok=True)
-    pictures = np.empty((args.num, net.channels, net.size, net.size), np.uint8)
-    begin, done = time.time(), 0
-    options = (args.seed, args.batch_size, args.nfe, args.velocity, args.device)
-    for pixels in draw(net, args.labels, *options):
-        pictures[done : done + len(pixels)] = pixels
-        done += len(pixels)
-        left = (time.time() - begin) / done * (args.num - done)
-        print(f"\r{done:,} of {args.num:,} pictures, {left:.0f} s left ", end="", file=sys.stderr)
-    print(file=sys.stderr)
-    if args.kind == ".npz":
-        np.savez(out, arr_0=rearrange(pictures, "n c h w -> n h w c"))
-    elif args.kind == ".png":
-        columns = len(set(args.labels))
-        columns = columns if columns <= 16 else math.ceil(math.sqrt(args.num))
-        save_grid(pictures, out, columns)
-    else:
-        for i, picture in enumerate(pictures):
-            to_image(picture).save(out / f"{i:06d}.png")
-    print(f"{args.num:,} pictures of {args.nfe} evaluations each: {out}")
+    rank, world, device = join_ranks()
+    say = print if rank == 0 else lambda _: None
+    out, folder, num = args.out, args.folder, args.num
+    settings, record = settings_of(args), folder / "settings.json"
+    if args.kind == ".npz" and out.exists():
+        if npz_settings(out) != settings:
+            sys.exit(f"sample.py: error: {out} holds other pictures; remove it or name another")
+        say(f"{out} is complete already")
+        return
+    if rank == 0:
+        known = record.read_text() if record.exists() else None
+        if known != settings and (known or any(folder.glob("*.png"))):
+            sys.exit(f"sample.py: error: {folder} holds other pictures; remove it or name another")
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(record, lambda file: file.write(settings.encode()))
+    wait_for_all()
+
+    # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
+    # comes out the same on any number of ranks. A batch is there when its last file is.
+    firsts = range(0, num, args.batch_size)
+    batches = [range(first, min(first + args.batch_size, num)) for first in firsts]
+    path = {b: folder / (f"{b[0]:06d}.npy" if args.kind else f"{b[-1]:06d}.png") for b in batches}
+    todo = [batch for batch in batches if not path[batch].exists()][rank::world]
+    net, vae = args.net.to(device), args.vae and args.decoder.to(device)
+    what = f"{out}, rank 0 of {world}" if world > 1 else out
+    progress = Progress(what, sum(map(len, todo)), silent=rank > 0)
+    for batch in todo:
+        labels = args.labels[batch.start : batch.stop]
+        x = draw(net, labels, batch, args.seed, args.nfe, args.velocity)
+        save_batch(path[batch], batch, to_pixels(x, vae, args.meta["scale"]))
+        progress(len(batch))
+    wait_for_all()
+
+    if args.kind and rank == 0:
+        parts = (np.load(path[batch]) for batch in batches)
+        if args.kind == ".png":
+            columns = len(set(args.labels))
+            columns = columns if columns <= 16 else math.ceil(math.sqrt(num))
+            save_grid(np.concatenate(list(parts)), out, columns)
+        else:
+            c, h, w = np.load(path[batches[0]], mmap_mode="r").shape[1:]
+            save_npz(out, parts, (num, h, w, c), settings)
+        shutil.rmtree(folder)
+    say(f"{num:,} pictures of {args.nfe} evaluations each: {out}")
 
 
 if __name__ == "__main__":
     main(parse_args())
+    if dist.is_initialized():
+        dist.destroy_process_group()

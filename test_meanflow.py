@@ -518,8 +518,12 @@ def test_a_folder_of_images_is_stored_pixel_by_pixel(tmp_path):
     assert data.meta["classes"] == ["cat", "dög with space"]
     assert data.labels.tolist() == [0, 0, 1, 1]
     assert (data.images[:] == pictures[[0, 2, 1, 3]].transpose(0, 3, 1, 2)).all()
-    with pytest.raises(SystemExit):  # a second run does not write over it
-        prepare_latents.parse_args(argv)
+    before = (tmp_path / "set" / "images.npy").stat().st_mtime_ns
+    prepare_latents.main(prepare_latents.parse_args(argv))  # again: nothing is left to do
+    Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "new.png")
+    with pytest.raises(SystemExit, match="another count"):  # nor are other pictures mixed in
+        prepare_latents.main(prepare_latents.parse_args(argv))
+    assert (tmp_path / "set" / "images.npy").stat().st_mtime_ns == before
 
 
 def test_large_pictures_are_halved_and_cropped_to_their_centre():
@@ -543,13 +547,15 @@ def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, 
     argv = [str(tmp_path / "images"), "--out", str(tmp_path / "set"), "--size", "4"]
     with pytest.raises(SystemExit, match=r"2\.png.*--skip-unreadable"):
         prepare_latents.main(prepare_latents.parse_args(argv))
-    with pytest.raises(ValueError, match="no whole dataset"):
+    with pytest.raises(ValueError, match="is unfinished"):
         prepare_latents.Dataset(tmp_path / "set")
     prepare_latents.main(prepare_latents.parse_args([*argv, "--skip-unreadable"]))
-    assert "1 of 3 files" in capsys.readouterr().out
+    assert "1 of 3 pictures" in capsys.readouterr().out
     data = prepare_latents.Dataset(tmp_path / "set")
-    assert data.images.shape == (2, 3, 4, 4)
-    assert (data.images[:] == 77).all()
+    images, labels = data.__getitems__([0, 1])
+    assert len(data) == 2
+    assert labels.tolist() == [0, 0]
+    assert (images == 77).all()
 
 
 @pytest.mark.parametrize("fault", ["images", "labels", "meta"])
@@ -845,13 +851,19 @@ def test_a_picture_depends_on_its_seed_and_index_alone(glyphs, tmp_path):
     assert np.abs(whole.astype(int) - parts).max() <= 1  # rounding of another batch size
     assert (np.load(draw("c.npz", "--seed", "1"))["arr_0"] != whole).mean() > 0.5
     folder = draw("pictures")
-    files = sorted(folder.iterdir())
+    files = sorted(folder.glob("*.png"))
     assert [file.name for file in files] == [f"{i:06d}.png" for i in range(12)]
     assert (np.stack([np.asarray(Image.open(file)) for file in files]) == whole[..., 0]).all()
     grid = np.asarray(Image.open(draw("grid.png", "--classes", "3", "5")))
     assert grid.shape == (6 * 64, 2 * 64)
-    for flags in (["--nfe", "4"], ["--nfe", "4", "--velocity"]):
-        assert (np.load(draw("d.npz", *flags))["arr_0"] != whole).any()
+    for name, flags in [("d.npz", ["--nfe", "4"]), ("e.npz", ["--nfe", "4", "--velocity"])]:
+        assert (np.load(draw(name, *flags))["arr_0"] != whole).any()
+    before = (tmp_path / "d.npz").stat().st_mtime_ns
+    draw("d.npz", "--nfe", "4")  # again: nothing is left to do
+    for name, flags in [("d.npz", ["--nfe", "3"]), ("pictures", ["--seed", "1"])]:
+        with pytest.raises(SystemExit, match="other pictures"):
+            draw(name, *flags)
+    assert (tmp_path / "d.npz").stat().st_mtime_ns == before
     e = sample.noise(range(1000), (1, 4, 4), seed=5).flatten().double().numpy()
     assert scipy.stats.kstest(e, "norm").pvalue > 0.01
     keys = [(5,), (5, 0), (5, 0, 0), (0, 5)]  # train.py's are longer: other noise than here
@@ -886,9 +898,9 @@ def test_bad_flags_of_sampling_end_in_one_clear_line(glyphs, tmp_path, capsys, f
 
 def test_rounding_is_the_papers():
     x = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 2.0])
-    assert sample.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 255]
+    assert prepare_latents.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 255]
     levels = torch.arange(256)
-    assert (sample.to_uint8(levels / 127.5 - 1) == levels).all()
+    assert (prepare_latents.to_uint8(levels / 127.5 - 1) == levels).all()
 
 
 # ---------------------------------------------------------------------------- a finished run
@@ -938,7 +950,7 @@ def test_a_trained_run_draws_the_digits_it_is_asked_for(classifier):
     judge, (real, real_labels) = classifier
     labels = torch.arange(1000) % 10
     drawn = {
-        nfe: torch.cat(list(sample.draw(net, labels.tolist(), seed=1, nfe=nfe))) for nfe in (1, 2)
+        nfe: prepare_latents.to_uint8(sample.draw(net, labels, seed=1, nfe=nfe)) for nfe in (1, 2)
     }
     one, two = (accuracy(judge, drawn[nfe], labels) for nfe in (1, 2))
     variety = spread(drawn[1], labels) / spread(real, real_labels)

@@ -2,7 +2,7 @@
 
     python train.py                        the tiny model on the built-in digits: minutes on a CPU
     python train.py --model S/4 --data data/cifar10 --accel minsnr
-    torchrun --nproc_per_node=8 train.py --model XL/2 --accel dtd --data data/imagenet
+    torchrun --nproc_per_node=8 train.py --model XL/2 --accel dtd
 
 Whatever is not given comes from the paper's recipe for the model named. The same command again
 resumes. A run's directory holds last.pt, metrics.jsonl, samples/ and, at the end, progress.png.
@@ -24,14 +24,33 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch._subclasses import FakeTensorMode
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+import fid
 import meanflow
 import schedules
 from model import CONDITIONINGS, CONFIGS
-from prepare_latents import Dataset, write_glyphs
-from sample import build_network, draw, is_in_file, keyed_generator, load_checkpoint, save_grid
+from prepare_latents import (
+    Dataset,
+    Progress,
+    is_in_file,
+    join_ranks,
+    load_vae,
+    network_input,
+    replace_file,
+    save_grid,
+    to_pixels,
+    wait_for_all,
+    write_glyphs,
+)
+from sample import build_network, draw, keyed_generator, load_checkpoint
+
+# The default datasets; what --dry-run takes them to be where they have not been made yet: the
+# number of pictures, their shape (C, H, W) and the number of classes.
+GLYPHS, IMAGENET = "data/glyphs", "data/imagenet"
+ASSUMED = {GLYPHS: (20_000, (1, 16, 16), 10), IMAGENET: (1_281_167, (4, 32, 32), 1000)}
 
 # arXiv 2505.13447v1, Tab. 4: what most models share, then what is a model's own. How many workers
 # read the data, and how often a run logs, draws and saves, is ours.
@@ -39,17 +58,16 @@ PAPER = dict(
     epochs=240, batch_size=256, lr=1e-4, warmup=0, adam_beta2=0.95, ema_decay=0.9999,
     label_drop=0.1, omega=1.0, kappa=0.5, cfg_interval=(0.0, 1.0), r_neq_t=0.25,
     time_sampler="lognorm", time_mu=-0.4, time_sigma=1.0, conditioning="t,t-r", adaptive_p=1.0,
-    tangent=(0.0, 1.0), workers=4, log_every=100, sample_every=5000, save_every=5000,
+    tangent=(0.0, 1.0), data=IMAGENET, workers=4, log_every=100, sample_every=5000, save_every=5000,
 )  # fmt: skip
 RECIPES = {name: {} for name in CONFIGS} | {
     "L/2":   dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.8)),
     "XL/2":  dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.75)),
     "XL/2+": dict(epochs=1000, cfg_interval=(0.3, 0.8)),
     # differs: ours, for the built-in digits; short, so with a fast learning rate and a short EMA.
-    "tiny":  dict(epochs=5, batch_size=64, lr=4e-3, warmup=100, ema_decay=0.996, workers=0,
-                  log_every=100, sample_every=200, save_every=500),
+    "tiny":  dict(epochs=5, batch_size=64, lr=4e-3, warmup=100, ema_decay=0.996, data=GLYPHS,
+                  workers=0, log_every=100, sample_every=200, save_every=500),
 }  # fmt: skip
-GLYPHS = "data/glyphs"  # the default dataset, made on the spot where it is missing
 
 # Logged for every interval: the loss, the unweighted squared error per dimension of samples with
 # r = t and with r < t, and the norm of the gradient.
@@ -58,7 +76,8 @@ STATS = ("loss", "v_error", "u_error", "grad_norm")
 # Flags that may differ when a run is resumed. Another length is a user's own choice: beta and DTD's
 # cap go by the share of the run that is done. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
-MAY_CHANGE |= {"data", "out", "dry_run", "init_from"}
+MAY_CHANGE |= {"data", "out", "dry_run", "init_from", "vae", "inception", "fid_ref", "fid_every"}
+MAY_CHANGE |= {"fid_num"}
 
 GRID_ROWS = 10  # of the pictures in samples/
 
@@ -88,16 +107,6 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
 # ---------------------------------------------------------------------------- files of a run
 
 
-def save_checkpoint(path, state):
-    """All or nothing: a reader finds the old checkpoint or the new one, never a part of it."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
 def keep_metrics(path, step):
     """Drop the rows after `step`, from which a resumed run goes on."""
     if path.exists():
@@ -116,6 +125,49 @@ def save_progress(samples, path, rows=10):
         ImageDraw.Draw(picture).text((8, (i + 0.5) * tile), f"step {step}", anchor="lm")
         picture.paste(grid.crop((0, 0, grid.width, tile)), (margin, i * tile))
     picture.save(path)
+
+
+def memory_plan(net, micro, dtype):
+    """(bytes of a rank that stay, bytes of activations kept for the backward, bytes of last.pt).
+
+    Counted from the shapes of a network of fake tensors; the JVP and the kernels need some on top.
+    """
+    weights = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    own = {p.untyped_storage()._cdata for p in net.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    z, t = torch.empty(micro, net.channels, net.size, net.size), torch.empty(micro)
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
+        u = net(z, t, t, torch.empty(micro, dtype=torch.long))
+    assert u.requires_grad  # holds the graph, and with it what is kept, up to here
+    # In float32: weights, gradients, two moments of Adam, EMA; all but the gradients are saved.
+    return weights * 4 * 5, sum(kept.values()), weights * 4 * 4
+
+
+@torch.no_grad()
+def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_size=50):
+    """FID and Inception score of `num` one-step samples, balanced over classes, by all ranks."""
+    statistics = fid.Statistics(inception, num)
+    progress = Progress("FID", num, silent=rank > 0)
+    batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
+    for turn in range(0, len(batches), world):
+        for batch in batches[turn:][rank : rank + 1]:
+            labels = [i % max(net.num_classes, 1) for i in batch]
+            pixels = to_pixels(draw(net, labels, batch), vae, meta["scale"])
+            statistics.add(torch.from_numpy(pixels).expand(-1, 3, -1, -1), batch)
+        progress(sum(map(len, batches[turn : turn + world])))
+    ours = statistics.result()
+    distance = 0.0
+    if rank == 0:
+        distance = fid.frechet_distance(*(s[k] for s in (ours, reference) for k in ("mu", "sigma")))
+    return {"fid": distance, "inception_score": ours["score"], "fid_samples": num}
 
 
 def fail(message, code=2):
@@ -165,7 +217,7 @@ def parse_args(argv=None):
     conditionings = " or ".join(CONDITIONINGS)
 
     add = parser.add_argument_group("data and run").add_argument
-    add("--data", default=GLYPHS, help="dataset directory, made by prepare_latents.py")
+    add("--data", help="dataset directory, made by prepare_latents.py")
     add("--out", help="directory of the run; runs/MODEL-ACCEL where not given")
     add("--init-from", help="checkpoint of another run whose EMA weights to start from")
     add("--seed", type=natural, default=0, help="of the weights, data order, times and noise")
@@ -174,6 +226,13 @@ def parse_args(argv=None):
     add("--sample-every", type=count, help="steps between two grids of one-step samples")
     add("--save-every", type=count, help="steps between two checkpoints")
     add("--dry-run", action="store_true", help="print the resolved run and exit")
+    add("--vae", help="weights of the VAE, to show and measure pictures instead of latents")
+
+    add = parser.add_argument_group("FID during training, of one-step samples").add_argument
+    add("--fid-every", type=count, help="steps between two measurements")
+    add("--fid-num", type=number(int, lambda n: n >= 2, "at least 2"), default=5000, help="samples")
+    add("--fid-ref", help="statistics to compare with, an .npz as of fid.py --save")
+    add("--inception", help="weights pt_inception-2015-12-05")
 
     add = parser.add_argument_group("MeanFlow, arXiv 2505.13447").add_argument
     add("--conditioning", choices=CONDITIONINGS, metavar="VARIABLES", help=conditionings)
@@ -237,6 +296,10 @@ def parse_args(argv=None):
         (args.accel != "none" and no_eq, "--r-neq-t 1 leaves no r = t samples: use --accel none"),
         (args.v_noise and no_eq, "--v-noise is for samples with r = t; --r-neq-t 1 leaves none"),
         (args.progressive and no_neq, "--progressive is for r < t; --r-neq-t 0 leaves none"),
+        (
+            args.fid_every and not (args.fid_ref and args.inception),
+            "--fid-every needs --fid-ref FILE and --inception FILE",
+        ),
     ]:
         if wrong:
             parser.error(message)
@@ -248,25 +311,25 @@ def parse_args(argv=None):
 
 def main(args):
     # Set-up: one process, or one per GPU under torchrun.
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    rank, world, device = join_ranks("nccl" if torch.cuda.is_available() else "gloo", timeout=None)
+    if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
 
     # Data, and how a global batch divides into micro-batches.
-    if args.data == GLYPHS and not Path(GLYPHS, "meta.json").exists() and rank == 0:
-        write_glyphs(GLYPHS)
-    if world > 1:
-        dist.barrier()
+    if args.data == GLYPHS and not (Path(GLYPHS, "meta.json").exists() or args.dry_run):
+        if rank == 0:
+            write_glyphs(GLYPHS)
+        wait_for_all()
     try:
         data = Dataset(args.data)
+        meta, count, epoch = data.meta, len(data), data.epoch_length
     except ValueError as error:
-        fail(f"--data: {error}")
+        if args.data not in ASSUMED or not args.dry_run:
+            fail(f"--data: {error}")
+        count, shape, classes = ASSUMED[args.data]
+        meta, epoch = dict(shape=shape, classes=range(classes)), count
+        say(f"note: there is no {args.data} yet; taken to be {count:,} pictures {shape}")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
         fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x --micro-batch-size")
@@ -275,28 +338,28 @@ def main(args):
     num_eq = micro - num_neq
     if (num_neq == 0) != (args.r_neq_t == 0) or (num_eq == 0) != (args.r_neq_t == 1):
         fail(f"--r-neq-t {args.r_neq_t} of {micro} samples is none or all: raise --batch-size")
-    steps = args.steps or math.ceil(args.epochs * len(data) / args.batch_size)
+    steps = args.steps or math.ceil(args.epochs * epoch / args.batch_size)
 
-    # Network, its running average, and the optimiser.
-    out = Path(args.out)
+    # The run's last checkpoint, which must be one of this very command.
+    out, start, saved = Path(args.out), 0, None
     last = out / "last.pt"
     if is_in_file(out):
         fail(f"--out {out} is not a directory, or lies in a file")
-    torch.manual_seed(args.seed)
-    try:
-        net = build_network(args.model, data.meta, args.conditioning).to(device)
-        if args.init_from and not last.exists():
-            other, was = load_checkpoint(args.init_from)
-            for name in ("model", "conditioning"):
-                if was["args"][name] != getattr(args, name):
-                    raise ValueError(f"--init-from: its --{name} is {was['args'][name]}")
-            net.load_state_dict(other.state_dict())
-    except (ValueError, RuntimeError) as error:
-        fail(" ".join(str(error).split()))
-    trained = [p for p in net.parameters() if p.requires_grad]
-    ema = copy.deepcopy(net).requires_grad_(False)
-    update_ema = get_ema_multi_avg_fn(args.ema_decay)
-    optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
+    if last.exists():
+        try:
+            saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+            fail(f"{last} is damaged ({type(error).__name__}); remove it or name another --out")
+        if saved["meta"] != meta:
+            source = saved["meta"]["source"]
+            fail(f"{out} is a run on {source}; name another --out for --data {args.data}")
+        for name, was in saved["args"].items():
+            if name not in MAY_CHANGE and getattr(args, name, was) != was:
+                flag, now = "--" + name.replace("_", "-"), getattr(args, name)
+                fail(f"{out}: its {flag} was {was}, not {now}; name another --out")
+        start = saved["step"]
+        if start > steps:
+            fail(f"{out} is at step {start} already, beyond --steps {steps}")
 
     # Schedules: the constants behind beta and alpha, and the curriculum.
     sampler = schedules.TIME_SAMPLERS[args.time_sampler]
@@ -309,43 +372,63 @@ def main(args):
     gap_pairs = pairs.float().to(device) if args.gap else None
     pacer = schedules.DTD(args.dtd_clusters, args.dtd_patience, args.dtd_cap * steps).to(device)
 
-    # Resume where the run's last checkpoint stands.
-    start, parts = 0, {"net": net, "ema": ema, "optimizer": optimizer, "pacer": pacer}
-    if last.exists():
-        try:
-            saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-            fail(f"{last} is damaged ({type(error).__name__}); remove it or name another --out")
-        if saved["meta"] != data.meta:
-            source = saved["meta"]["source"]
-            fail(f"{out} is a run on {source}; name another --out for --data {args.data}")
-        for name, was in saved["args"].items():
-            if name not in MAY_CHANGE and getattr(args, name, was) != was:
-                flag, now = "--" + name.replace("_", "-"), getattr(args, name)
-                fail(f"{out}: its {flag} was {was}, not {now}; name another --out")
-        start = saved["step"]
-        if start > steps:
-            fail(f"{out} is at step {start} already, beyond --steps {steps}")
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
-        del saved
-
-    epochs = steps * args.batch_size / len(data)
+    # The network, and what a FID needs.
+    torch.manual_seed(args.seed)
+    vae, inception, reference = None, None, None
+    try:
+        with FakeTensorMode() if args.dry_run else nullcontext():
+            net = build_network(args.model, meta, args.conditioning)
+            plan = memory_plan(net, micro, args.dtype) if args.dry_run else None
+        if args.init_from and not saved:
+            other, was = load_checkpoint(args.init_from)
+            for name in ("model", "conditioning"):
+                if was["args"][name] != getattr(args, name):
+                    raise ValueError(f"--init-from: its --{name} is {was['args'][name]}")
+            if not args.dry_run:
+                net.load_state_dict(other.state_dict())
+        if args.vae:
+            vae = load_vae(args.vae).to(device)
+        if bool(vae) != bool(meta.get("vae")) and (vae or args.fid_every):
+            holds, verb = ("latents", "name") if meta.get("vae") else ("pixels", "leave out")
+            raise ValueError(f"--data {args.data} holds {holds}: {verb} --vae")
+        if args.fid_every:
+            inception = fid.load_inception(args.inception).to(device)
+            if not (reference := fid.load_statistics(args.fid_ref)):
+                raise ValueError(f"--fid-ref {args.fid_ref} holds no mu and sigma")
+    except (ValueError, RuntimeError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    trained = [p for p in net.parameters() if p.requires_grad]
     say(
-        f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, "
-        f"{len(data):,} pictures "
-        f"{tuple(data.meta['shape'])} of {len(data.meta['classes'])} classes\n"
-        f"{out}: {steps:,} steps of {args.batch_size} = {epochs:.1f} epochs from step {start:,}; "
-        f"{world} x {device.type}, {args.dtype}; on each {len(chunks)} x {micro} samples a step, "
-        f"{num_neq} of {micro} with r < t"
+        f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, {count:,} "
+        f"pictures {tuple(meta['shape'])} of {len(meta['classes'])} classes\n"
+        f"{out}: {steps:,} steps of {args.batch_size} = {steps * args.batch_size / epoch:.1f} "
+        f"epochs from step {start:,}; {world} x {device.type}, {args.dtype}; on each "
+        f"{len(chunks)} x {micro} samples a step, {num_neq} of {micro} with r < t"
     )
     if start == steps:
         say(f"{last} is complete already")
     if (kept := args.ema_decay**steps) > 0.05:
         say(f"note: {kept:.0%} of the EMA will still be the initial weights; lower --ema-decay")
     if args.dry_run:
+        stays, activations, disk = (size / 1e9 for size in plan)
+        say(
+            f"memory of a rank, estimated: {stays:.3g} GB for weights, gradients, Adam and EMA, "
+            f"and {activations:.3g} GB for activations of {micro} samples, not compiled\n"
+            f"disk: {disk:.3g} GB for {last}, twice that while the next is written"
+        )
         say(json.dumps(vars(args), indent=1))
         return
+
+    # Its running average, and the optimiser; all of them as the last checkpoint left them.
+    net.to(device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    update_ema = get_ema_multi_avg_fn(args.ema_decay)
+    optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
+    parts = {"net": net, "ema": ema, "optimizer": optimizer, "pacer": pacer}
+    if saved:
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        del saved
     if rank == 0:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.jsonl", start)
@@ -359,7 +442,7 @@ def main(args):
     loader = torch.utils.data.DataLoader(
         data,
         batch_sampler=(
-            chunk_indices(step, chunk, micro, args.batch_size, len(data), args.seed)
+            chunk_indices(step, chunk, micro, args.batch_size, count, args.seed)
             for step in range(start, steps)
             for chunk in chunks
         ),
@@ -383,7 +466,7 @@ def main(args):
         s = schedules.training_progress(step, steps, args.beta_k)
 
         # The first step has a line of its own, so that a slow run shows at once how slow it is.
-        due = ended or step == start + 1
+        due = ended or step == start + 1 or step % (args.fid_every or steps) == 0
         if history and (due or step % args.log_every == 0 or step % args.save_every == 0):
             rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
             bad = (~rows.isfinite().all(1)).nonzero()
@@ -406,12 +489,19 @@ def main(args):
                     file.write(json.dumps({"step": step} | row) + "\n")
             history.clear()
         if rank == 0 and (ended or step % args.sample_every == 0):
-            pixels = np.concatenate(list(draw(ema, classes * GRID_ROWS, device=device)))
+            pixels = to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
             save_grid(pixels, out / "samples" / f"{step:08d}.png", columns=len(classes))
         if rank == 0 and step > start and (ended or step % args.save_every == 0):
             state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "args": vars(args), "meta": data.meta}
-            save_checkpoint(last, state | {"torch": str(torch.__version__)})
+            state |= {"step": step, "args": vars(args), "meta": meta}
+            state["torch"] = str(torch.__version__)
+            replace_file(last, partial(torch.save, state))
+        if args.fid_every and step > start and (ended or step % args.fid_every == 0):
+            score = one_step_fid(ema, inception, reference, vae, meta, args.fid_num, rank, world)
+            say(f"step {step:,}/{steps:,}  " + "  ".join(f"{k} {v:.5g}" for k, v in score.items()))
+            if rank == 0:
+                with open(out / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps({"step": step} | score) + "\n")
         if ended:
             break
         if not history:
@@ -423,7 +513,7 @@ def main(args):
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            x = images.float() * data.meta["scale"] + data.meta["shift"]  # (B, C, H, W)
+            x = network_input(images, meta, generator)  # (B, C, H, W)
             e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
             y = meanflow.drop_labels(y, bare.null_label, args.label_drop, generator)  # (B,)
             mass = pacer.mass if args.accel == "dtd" else 1.0
