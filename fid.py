@@ -257,16 +257,24 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
 
 def load_statistics(path):
-    """dict of mu, sigma and, where the file tells, count and score; None where it has no mu."""
-    with np.load(path) as file:
-        for prefix in ("", "ref_"):
-            if prefix + "mu" in file:
-                mu, sigma = (file[prefix + name].astype(np.float64) for name in ("mu", "sigma"))
-                if mu.shape != (FEATURES,) or sigma.shape != (FEATURES, FEATURES):
-                    raise ValueError(f"{path} holds statistics of {mu.shape}, not of (2048,)")
-                known = {name: file[name].item() for name in ("count", "score") if name in file}
-                return dict(mu=mu, sigma=sigma) | known
-    return None
+    """dict of mu, sigma and, where the file tells, count and score; None where it has no mu.
+
+    ADM's reference batches have both images and the statistics of many more: these count.
+    """
+    try:
+        with zipfile.ZipFile(path), np.load(path) as file:
+            prefix = next((prefix for prefix in ("", "ref_") if prefix + "mu" in file), None)
+            if prefix is None:
+                return None
+            mu, sigma = (file[prefix + name].astype(np.float64) for name in ("mu", "sigma"))
+            known = {name: file[name].item() for name in ("count", "score") if name in file}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} cannot be read as an .npz ({error})") from None
+    if mu.shape != (FEATURES,) or sigma.shape != (FEATURES, FEATURES):
+        raise ValueError(f"{path} holds statistics of {mu.shape[0]} features, not of {FEATURES}")
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise ValueError(f"{path} holds statistics that are not finite")
+    return dict(mu=mu, sigma=sigma) | known
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -276,32 +284,34 @@ class Pictures(torch.utils.data.Dataset):
     """
 
     def __init__(self, path, crop=None):
-        self.crop, self.files, self.array, self.rows = crop, None, None, None
+        self.crop, self.files = crop, []
         if path.suffix == ".npz":
             self.array = map_npz(path).transpose(0, 3, 1, 2)
+            self.rows = range(len(self.array))
         elif (path / "meta.json").exists():
             data = Dataset(path)
             self.array, self.rows = data.images, data.rows
             if data.meta.get("vae"):
                 raise ValueError(f"{path} holds latents; the distance is between images")
         else:
-            self.files = image_files(path)
+            self.rows = self.files = image_files(path)
         if len(self) < 2:
             raise ValueError(f"{path} holds {len(self)} images, which have no covariance")
 
     def __len__(self):
-        return len(self.files if self.files is not None else self.rows or self.array)
+        return len(self.rows)
 
     def __getitem__(self, index):
-        if self.files is not None:
-            return torch.from_numpy(read_image(self.files[index], self.crop))
-        row = index if self.rows is None else self.rows[index]
-        return torch.from_numpy(np.array(self.array[row])).expand(3, -1, -1)
+        row = self.rows[index]
+        image = read_image(row, self.crop) if self.files else np.array(self.array[row])
+        return torch.from_numpy(image).expand(3, -1, -1)
 
 
 def map_npz(path):
     """arr_0 (N, H, W, C) uint8 of an .npz, mapped where it is not compressed: it may be large."""
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        if "arr_0.npy" not in archive.namelist():
+            raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
         entry = archive.getinfo("arr_0.npy")
         if entry.compress_type == zipfile.ZIP_STORED:
             file.seek(entry.header_offset + 26)  # the lengths of two fields before the contents
@@ -377,9 +387,7 @@ def parse_args(argv=None):
                 raise ValueError(f"{path} holds images: name the weights of --inception")
             args.sides.append((path, known or Pictures(path, args.crop)))
         args.net = load_inception(args.inception) if args.inception else None
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
-        parser.error(f"{path} cannot be read: {error}")
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         parser.error(str(error))
     return args
 

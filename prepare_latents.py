@@ -567,7 +567,7 @@ def read_image(path, size=None):
             image = image if size is None else center_crop(image, size)
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
-    return np.asarray(image).transpose(2, 0, 1)
+    return np.array(image).transpose(2, 0, 1)
 
 
 def image_files(folder):

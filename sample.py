@@ -2,7 +2,7 @@
 
     python sample.py runs/tiny-dtd/last.pt --out grid.png
     python sample.py CKPT --vae FILE --classes 207 360 --num 64 --nfe 2 --out pictures/
-    torchrun --nproc_per_node=8 sample.py CKPT --vae FILE --num 50000 --out samples.npz
+    torchrun --nproc_per_node=8 sample.py CKPT --vae FILE --num-samples 50000 --out samples.npz
 
 The last writes uint8 (N, H, W, C) as arr_0, the layout of ADM's evaluation. Picture i depends on
 the seed and on i alone, on any number of ranks; the same command again goes on after an
@@ -138,7 +138,8 @@ def parse_args(argv=None):
     add("checkpoint", help="last.pt of a run")
     add("--out", required=True, type=Path, help="grid.png, samples.npz, or a directory for PNGs")
     add("--vae", help="weights of the VAE that decodes latents, in diffusers' format")
-    add("--num", type=int, default=100, help="number of pictures")
+    # The long name is for torchrun, which takes --num for an abbreviation of its --numa-binding.
+    add("--num", "--num-samples", type=int, default=100, help="number of pictures")
     add("--classes", type=int, nargs="+", help="labels to go through in turn (default: all)")
     add("--random-classes", action="store_true", help="draw the labels at random, not in turn")
     add("--nfe", type=int, default=1, help="evaluations of the network for a picture")

@@ -5,16 +5,20 @@ MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained    how good a finished
 """
 
 import copy
+import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import scipy.integrate
+import scipy.linalg
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -24,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
+import fid
 import meanflow
 import prepare_latents
 import sample
@@ -33,6 +38,7 @@ from model import CONDITIONINGS, Block, DiT, FinalLayer, sincos_positions, sinus
 
 torch.set_num_threads(1)  # the tensors are tiny
 HERE = Path(__file__).parent
+TORCHVISION = torch.library.Library("torchvision", "FRAGMENT")  # see peer
 LOGNORM = partial(schedules.lognorm_quantile, mu=-0.4, sigma=1.0)
 UNIFORM = schedules.uniform_quantile
 
@@ -54,6 +60,29 @@ def small_batch(num_eq=5, num_neq=4, seed=1):
     y = torch.arange(num_eq + num_neq) % 4  # 3 is the null label
     weight = 0.5 + torch.rand(num_eq + num_neq, generator=g, dtype=torch.float64)
     return x, e, r.double(), t.double(), y, weight
+
+
+def torchrun(ranks, script, *flags, start=subprocess.run, **options):
+    """A script of this project as its users start it: rank by rank, each on one thread."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc_per_node={ranks}", HERE / script, *flags]
+    options |= {"check": True} if start is subprocess.run else {}
+    return start(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+
+
+def peer(name):
+    """A library of requirements-dev.txt to compare with; the test is skipped where it is missing.
+
+    torchvision, which they import, misses two operators beside a CPU build of torch.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        for operator in ("nms", "qnms"):
+            TORCHVISION.define(f"{operator}(Tensor dets, Tensor scores, float iou) -> Tensor")
+    except ImportError:
+        pass
+    return pytest.importorskip(name)
 
 
 def gradients(net, loss):
@@ -583,6 +612,190 @@ def test_the_data_order_visits_every_sample_once_an_epoch_on_any_number_of_ranks
     assert (train.chunk_indices(4, 0, batch, batch, count, 3) == stream[48:60]).all()
 
 
+@pytest.fixture(scope="session")
+def photographs(tmp_path_factory):
+    """A miniature ImageNet: 200 real photographs in 10 classes, of many sizes and of every mode."""
+    package = importlib.util.find_spec("ai_benchmark")
+    if package is None:
+        pytest.skip("ai-benchmark of requirements-dev.txt, whose photographs are used, is missing")
+    files = sorted(Path(package.submodule_search_locations[0]).rglob("*.jpg"))[:200]
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    root = tmp_path_factory.mktemp("photographs")
+    for i, file in enumerate(files):
+        folder = root / f"class {i % 10}"
+        folder.mkdir(exist_ok=True)
+        image = Image.open(file)
+        image.thumbnail((60 + i, 260 - i))
+        match i // 10 % 6:
+            case 0:
+                image.save(folder / f"{i}.JPEG")
+            case 1:
+                image.convert("L").save(folder / f"{i}.jpg")
+            case 2:
+                image.convert("CMYK").save(folder / f"{i}.jpg")
+            case 3:
+                image.quantize(64).save(folder / f"{i}.png")
+            case 4:
+                image.putalpha(200)
+                image.save(folder / f"{i}.webp", lossless=True)
+            case 5:
+                image.save(folder / f"{i}.jpg", exif=turned)
+    assert len(files) == 200
+    return root
+
+
+def test_every_mode_of_picture_is_read_as_a_viewer_shows_it(tmp_path):
+    colours = np.zeros((6, 8, 3), np.uint8)
+    colours[:, :4], colours[:, 4:] = (200, 40, 40), (40, 40, 200)  # red beside blue
+    picture = Image.fromarray(colours)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # to be shown rotated by 90 degrees clockwise: red above blue
+    seen = {}
+    for name, image, options in [
+        ("rgb.png", picture, {}),
+        ("palette.png", picture.quantize(4), {}),
+        ("alpha.png", picture.convert("RGBA"), {}),
+        ("cmyk.jpg", picture.convert("CMYK"), dict(quality=100, subsampling=0)),
+        ("grey.png", picture.convert("L"), {}),
+        ("turned.jpg", picture, dict(exif=turned, quality=100, subsampling=0)),
+    ]:
+        image.save(tmp_path / name, **options)
+        seen[name] = prepare_latents.read_image(tmp_path / name).astype(int)
+    grey = seen.pop("grey.png")
+    assert (grey[0] == grey[1]).all()
+    assert np.abs(grey[0] - np.asarray(picture.convert("L"), int)).max() == 0
+    rotated = np.rot90(seen.pop("turned.jpg"), axes=(1, 2))
+    for image in (rotated, *seen.values()):
+        assert np.abs(image - colours.transpose(2, 0, 1).astype(int)).max() <= 8
+
+
+# ---------------------------------------------------------------------------- the VAE
+
+
+def random_vae(path, widths=(32, 32, 32, 64), seed=0):
+    """A small VAE, or one of another size, with random weights, in a file."""
+    torch.manual_seed(seed)
+    vae = prepare_latents.VAE(widths)
+    for parameter in vae.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.5, 1.0)
+    torch.save(vae.state_dict(), path)
+    return path
+
+
+def test_the_vae_equals_the_one_of_diffusers_under_old_and_new_names(tmp_path):
+    """At full size: 83.7 M random weights, in each of the formats they are published in."""
+    peer("diffusers")
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    theirs = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+    ).eval()  # fmt: skip
+    for parameter in theirs.parameters():
+        if parameter.dim() == 1:
+            nn.init.uniform_(parameter, 0.3, 1.0)
+    assert sum(p.numel() for p in theirs.parameters()) == 83_653_863
+    state = theirs.state_dict()
+    torch.save(state, tmp_path / "new.bin")
+    for new, old in [("q", "query"), ("k", "key"), ("v", "value"), ("out.0", "proj_attn")]:
+        state = {name.replace(f".to_{new}.", f".{old}."): w for name, w in state.items()}
+    assert "decoder.mid_block.attentions.0.proj_attn.weight" in state
+    torch.save(state, tmp_path / "old.pt")
+    theirs.save_pretrained(tmp_path)  # diffusion_pytorch_model.safetensors
+    images = torch.rand(2, 3, 64, 96) * 2 - 1
+    with torch.no_grad():
+        posterior = theirs.encode(images).latent_dist
+        decoded = theirs.decode(posterior.mean).sample
+    assert posterior.mean.std() > 0.1
+    prints = set()
+    for name in ("new.bin", "old.pt", "diffusion_pytorch_model.safetensors"):
+        ours = prepare_latents.load_vae(tmp_path / name)
+        mean, logvar = ours.encode(images)
+        assert_close(mean, posterior.mean, rtol=0, atol=1e-4)
+        assert_close(logvar, posterior.logvar, rtol=0, atol=1e-4)
+        assert_close(ours.decode(mean), decoded, rtol=0, atol=1e-4)
+        prints.add(ours.fingerprint())
+    assert len(prints) == 1
+
+
+def test_weights_must_fit_without_gap_or_remainder(tmp_path):
+    state = torch.load(random_vae(tmp_path / "vae.pt"))
+    prints = [prepare_latents.load_vae(tmp_path / "vae.pt").fingerprint()]
+    for name, change in [("decoder.conv_in.bias", 0), ("quant_conv.bias", 1)]:
+        torch.save(state | {name: state[name] + 1}, tmp_path / "other.pt")
+        prints.append(prepare_latents.load_vae(tmp_path / "other.pt").fingerprint())
+        assert (prints[-1] != prints[0]) == change  # the encoder's weights alone make latents
+    less = {name: w for name, w in state.items() if name != "encoder.conv_in.bias"}
+    for wrong, words in [
+        (less, "lacks 1 weights, encoder.conv_in.bias"),
+        (state | {"extra": torch.zeros(1)}, "unknown 1 weights, extra"),
+        (state | {"encoder.conv_in.bias": torch.zeros(3)}, "misshapen 1 weights, encoder.conv_in"),
+        ({"encoder.down.0.block.0.conv1.weight": torch.zeros(1)}, "diffusers' names"),
+    ]:
+        torch.save(wrong, tmp_path / "wrong.pt")
+        with pytest.raises(ValueError, match=words):
+            prepare_latents.load_vae(tmp_path / "wrong.pt")
+    with pytest.raises(ValueError, match="no file of weights"):
+        prepare_latents.load_vae(HERE / "LICENSE")
+
+
+def test_safetensors_are_read_as_their_own_library_wrote_them(tmp_path):
+    path = tmp_path / "a.safetensors"
+    tensors = {"half": torch.randn(3, 5).half(), "brain": torch.randn(7).bfloat16()}
+    tensors |= {"int": torch.arange(6).view(2, 3), "one": torch.ones(())}
+    pytest.importorskip("safetensors.torch").save_file(tensors, path, metadata={"format": "pt"})
+    read = prepare_latents.load_weights(path)
+    assert read.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert_close(read[name], tensor, rtol=0, atol=0)
+    whole = path.read_bytes()
+    for wrong in (whole[:-1], whole[:40], b"", whole[8:], whole.replace(b'"F16"', b'"F32"')):
+        path.write_bytes(wrong)
+        with pytest.raises(ValueError, match=r"a\.safetensors is damaged"):
+            prepare_latents.load_weights(path)
+
+
+def test_latents_are_the_posterior_of_the_cropped_images_and_are_drawn_afresh(
+    photographs, tmp_path
+):
+    small = tmp_path / "images"
+    for name in ("class 0", "class 1"):
+        for file in sorted((photographs / name).iterdir())[:3]:
+            (small / name).mkdir(parents=True, exist_ok=True)
+            (small / name / file.name).write_bytes(file.read_bytes())
+    vae_file = random_vae(tmp_path / "vae.pt")
+    argv = [str(small), "--vae", str(vae_file), "--size", "32", "--batch-size", "4", "--flip"]
+    for dtype in ("float16", "float32"):
+        out = str(tmp_path / dtype)
+        prepare_latents.main(prepare_latents.parse_args([*argv, "--dtype", dtype, "--out", out]))
+    data = prepare_latents.Dataset(tmp_path / "float32")
+    half = prepare_latents.Dataset(tmp_path / "float16")
+    assert half.images.dtype == np.float16
+    assert half.images.shape == (12, 8, 4, 4)
+    assert (half.images == data.images.astype(np.float16)).all()
+    assert data.labels.tolist() == [0, 0, 0, 1, 1, 1] * 2
+    assert (len(data), data.epoch_length) == (12, 6)  # an epoch is of the pictures in the folder
+    assert data.meta["scale"] == 0.18215
+    vae = prepare_latents.load_vae(vae_file)
+    files = sorted(small.rglob("*.*"))
+    for row, file, step in [(1, files[1], 1), (5, files[5], 1), (7, files[1], -1)]:
+        image = prepare_latents.center_crop(Image.open(file).convert("RGB"), 32)
+        pixels = np.asarray(image)[:, ::step].transpose(2, 0, 1)[None] / 127.5 - 1
+        mean, logvar = vae.encode(torch.tensor(pixels, dtype=torch.float32))
+        (stored,), _ = data.__getitems__([row])
+        assert_close(stored[:4], mean[0], rtol=1e-4, atol=1e-4)
+        assert_close(stored[4:], logvar[0].exp().sqrt(), rtol=1e-4, atol=1e-4)
+    stored = torch.tensor([2.0, 0.5]).view(1, 2, 1, 1).expand(100_000, 2, 1, 1)
+    meta = dict(scale=0.5, shift=0, vae="x")
+    z = prepare_latents.network_input(stored, meta, torch.Generator().manual_seed(0)).flatten()
+    assert scipy.stats.kstest(z, "norm", (1.0, 0.25)).pvalue > 0.01
+    again = prepare_latents.network_input(stored, meta, torch.Generator().manual_seed(1)).flatten()
+    assert abs(np.corrcoef(z, again)[0, 1]) < 0.02
+
+
 # ---------------------------------------------------------------------------- train.py
 
 
@@ -820,9 +1033,7 @@ def test_torchrun_on_two_ranks_trains_like_one_rank_that_accumulates(glyphs, tmp
     flags = ["--steps", "3", "--micro-batch-size", "2", "--log-every", "1", "--batch-size", "8"]
     flags += ["--warmup", "0", "--lr", "1e-3", "--r-neq-t", "0.5"]
     one = run(glyphs, tmp_path / "one", *flags)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = [*torchrun, HERE / "train.py", "--data", glyphs, "--out", tmp_path / "two", *flags]
-    subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)
+    torchrun(2, "train.py", "--data", glyphs, "--out", tmp_path / "two", *flags)
     two = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
     rows = [metrics(tmp_path / name) for name in ("one", "two")]
     for mine, his in zip(*rows, strict=True):
@@ -901,6 +1112,243 @@ def test_rounding_is_the_papers():
     assert prepare_latents.to_uint8(x).tolist() == [0, 0, 128, 255, 255, 255]
     levels = torch.arange(256)
     assert (prepare_latents.to_uint8(levels / 127.5 - 1) == levels).all()
+
+
+# ---------------------------------------------------------------------------- fid.py
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory):
+    """A file of random weights for Inception, scaled so that the features depend on the image."""
+    torch.manual_seed(0)
+    net = fid.Inception()
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight)
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5)
+            for tensor in (module.bias, module.running_mean):
+                nn.init.normal_(tensor, std=0.1)
+    path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05.pth"
+    torch.save({k: v for k, v in net.state_dict().items() if "num_batches" not in k}, path)
+    return path
+
+
+def test_inception_equals_the_one_of_torch_fidelity(photographs, inception):
+    peer("torch_fidelity")
+    from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+    layers = ["2048", "logits"]
+    theirs = FeatureExtractorInceptionV3("", layers, feature_extractor_weights_path=inception)
+    ours = fid.load_inception(inception)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    seen = []
+    for file in sorted(photographs.rglob("*.*"))[::40]:
+        for size in (None, 32, 299, 400):
+            image = torch.from_numpy(prepare_latents.read_image(file, size).copy())[None]
+            with torch.no_grad():
+                features = ours(image)
+                expected = theirs(image)
+            assert_close(features, expected[0], rtol=0, atol=1e-4)
+            assert_close(ours.fc(features), expected[1], rtol=0, atol=1e-4)
+            seen.append(features)
+    assert torch.cat(seen).std(0).mean() > 0.1  # the features tell the images apart
+
+
+def test_the_distance_in_closed_form_and_by_scipys_matrix_root():
+    rng = np.random.default_rng(0)
+    d = 2048
+    mu = rng.standard_normal((2, d))
+    scale = rng.random((2, d))
+    far = ((mu[0] - mu[1]) ** 2).sum()
+    expected = far + ((scale[0] - scale[1]) ** 2).sum()  # diagonal covariances
+    ours = fid.frechet_distance(mu[0], np.diag(scale[0] ** 2), mu[1], np.diag(scale[1] ** 2))
+    assert ours == pytest.approx(expected, rel=1e-9)
+    x, y = rng.standard_normal((2, 300, d)) @ rng.standard_normal((d, d)) + mu[:, None]
+    for a, b in [(x[:100], x[:100]), (x[:200, :64], y[:250, :64]), (x, y[:90])]:
+        stats = [(data.mean(0), np.cov(data, rowvar=False)) for data in (a, b)]  # rank-deficient
+        (mu1, s1), (mu2, s2) = stats
+        root = np.sqrt(scipy.linalg.eigvals(s1 @ s2).astype(complex)).real.sum()
+        expected = ((mu1 - mu2) ** 2).sum() + np.trace(s1) + np.trace(s2) - 2 * root
+        ours = fid.frechet_distance(mu1, s1, mu2, s2)
+        assert ours == pytest.approx(expected, rel=1e-6, abs=1e-6 * np.trace(s1))
+
+
+def test_the_fid_equals_pytorch_fids_and_takes_a_fraction_of_its_time(
+    photographs, inception, capsys
+):
+    """Two sets of photographs; the distance alone is timed, in one run and on one thread each."""
+    peer("pytorch_fid")
+    from pytorch_fid.fid_score import calculate_frechet_distance
+
+    files = sorted(photographs.rglob("*.*"))
+    net = fid.load_inception(inception)
+    sides, features = [], []
+    for part in (files[::2][:40], files[1::2][:40]):
+        images = torch.stack(
+            [torch.from_numpy(prepare_latents.read_image(f, 64).copy()) for f in part]
+        )
+        statistics = fid.Statistics(net, 40)
+        for indices in torch.arange(40).split(16):
+            statistics.add(images[indices], indices)
+        sides.append(statistics.result())
+        with torch.no_grad():
+            features.append(net(images).double().numpy())
+    for side, x in zip(sides, features, strict=True):
+        assert_close(side["mu"], x.mean(0), rtol=1e-5, atol=1e-6)
+        assert_close(side["sigma"], np.cov(x, rowvar=False), rtol=1e-4, atol=1e-5)
+    noise = np.random.default_rng(0).standard_normal((2, 3000, 2048))
+    stats = []
+    for side, more in zip(sides, noise, strict=True):  # of full rank, as with 50,000 images
+        stats += [side["mu"], side["sigma"] + np.cov(more, rowvar=False)]
+    begin = time.process_time()
+    ours = fid.frechet_distance(*stats)
+    middle = time.process_time()
+    theirs = calculate_frechet_distance(*stats)
+    ratio = (time.process_time() - middle) / (middle - begin)
+    with capsys.disabled():
+        print(f"\npytorch-fid takes {ratio:.1f} times as long", end=" ")
+    assert ours == pytest.approx(theirs, rel=1e-3)
+    assert ratio > 5
+
+
+def test_the_inception_score_is_the_mean_over_splits_of_its_definition(inception, monkeypatch):
+    monkeypatch.setattr(fid, "SPLIT", 6)
+    net = fid.load_inception(inception)
+    images = torch.randint(0, 256, (15, 3, 8, 8), dtype=torch.uint8) // torch.arange(
+        1, 16, dtype=torch.uint8
+    ).view(15, 1, 1, 1)
+    statistics = fid.Statistics(net, 15)
+    for indices in torch.randperm(15).split(4):  # in any order
+        statistics.add(images[indices], indices)
+    with torch.no_grad():
+        p = (net(images) @ net.fc.weight.T).double().softmax(1).numpy()
+    scores = []
+    for part in (p[:6], p[6:12], p[12:]):
+        scores.append(np.exp(scipy.stats.entropy(part, part.mean(0, keepdims=True), axis=1).mean()))
+    assert np.mean(scores) > 1.01
+    assert statistics.result()["score"] == pytest.approx(np.mean(scores), rel=1e-5)
+
+
+def test_fid_takes_images_and_statistics_of_every_kind(glyphs, inception, tmp_path, capsys):
+    data = prepare_latents.Dataset(glyphs)
+    pixels = data.images[:12].transpose(0, 2, 3, 1)
+    np.savez(tmp_path / "stored.npz", arr_0=pixels)
+    np.savez_compressed(tmp_path / "packed.npz", arr_0=np.repeat(pixels, 3, axis=3))
+    (tmp_path / "folder").mkdir()
+    for i, picture in enumerate(pixels):
+        Image.fromarray(picture[..., 0]).save(tmp_path / "folder" / f"{i:02d}.png")
+    whole = tmp_path / "all.npz"
+
+    def measure(*argv):
+        argv = [*map(str, argv), "--inception", str(inception), "--workers", "0"]
+        fid.main(fid.parse_args(argv))
+        lines = capsys.readouterr().out.splitlines()
+        return float(lines[-1].split()[-1]) if lines[-1].startswith("FID") else lines
+
+    prepare_latents.write_glyphs(tmp_path / "set", count=30, size=16, seed=1)
+    lines = measure(tmp_path / "set", "--save", whole)
+    assert lines[-3].startswith(f"{tmp_path / 'set'}: 30 images, Inception score")
+    assert "fewer than 10,000" in lines[-2]
+    saved = np.load(whole)
+    np.savez(tmp_path / "adm.npz", ref_mu=saved["mu"], ref_sigma=saved["sigma"], arr_0=pixels[:1])
+    distances = [
+        measure(tmp_path / name, tmp_path / reference)
+        for name in ("stored.npz", "packed.npz", "folder")
+        for reference in ("all.npz", "adm.npz")
+    ]
+    assert distances == pytest.approx([distances[0]] * 6, rel=1e-4)
+    assert distances[0] > 1
+    assert abs(measure(whole, whole)) < 1e-4 * np.trace(saved["sigma"])
+    resized = measure(tmp_path / "folder", whole, "--crop", "8")
+    assert abs(resized - distances[0]) > 0.1
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["none.npz", "x.npz"], "none.npz does not exist"),
+        (["empty", "stats.npz"], "empty holds 0 images"),
+        (["float.npz", "stats.npz"], "float.npz: arr_0 is float64"),
+        (["text.npz", "stats.npz"], "text.npz"),
+        (["stats.npz"], "REFERENCE"),
+        (["stats.npz", "stats.npz", "--inception", "text.npz"], "text.npz"),
+        (["images.npz", "stats.npz", "--inception", ""], "--inception"),
+    ],
+)
+def test_bad_input_of_fid_ends_in_one_clear_line(inception, tmp_path, capsys, flags, words):
+    (tmp_path / "empty").mkdir()
+    np.savez(tmp_path / "float.npz", arr_0=np.zeros((2, 4, 4, 3)))
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
+    np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    (tmp_path / "text.npz").write_text("no zip at all")
+    flags = [str(tmp_path / f) if f.endswith((".npz", "empty")) else f for f in flags]
+    with pytest.raises(SystemExit) as stop:
+        fid.parse_args(["--inception", str(inception), *flags])
+    assert stop.value.code == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("fid.py: error: ")
+    assert words in line
+
+
+# ---------------------------------------------------------------------------- from images to a FID
+
+
+def test_images_become_a_fid_on_one_rank_and_on_two_also_after_a_kill(
+    photographs, inception, tmp_path
+):
+    """The README's four commands: 200 photographs, B/4, and a small VAE with random weights."""
+    vae = ["--vae", random_vae(tmp_path / "vae.pt")]
+    prepare = ["prepare_latents.py", photographs, "--size", "64", "--batch-size", "4", "--flip"]
+    prepare += [*vae, "--workers", "0"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    job = torchrun(2, *prepare, "--out", two, start=subprocess.Popen, start_new_session=True)
+    while not (two / "unfinished.json").exists() or (np.load(two / "labels.npy") >= 0).sum() < 60:
+        assert job.poll() is None
+        time.sleep(0.05)
+    os.killpg(job.pid, signal.SIGKILL)
+    job.wait()
+    with pytest.raises(ValueError, match="is unfinished"):
+        prepare_latents.Dataset(two)
+    before = np.load(two / "labels.npy") >= 0
+    assert not before.all()
+    torchrun(2, *prepare, "--out", two)
+    torchrun(1, *prepare, "--out", one)
+    for name in ("images.npy", "labels.npy", "meta.json", "preview.png"):
+        assert (one / name).read_bytes() == (two / name).read_bytes(), name
+    assert Image.open(one / "preview.png").size == (640, 64)
+
+    reference = tmp_path / "photographs.npz"
+    measure = ["fid.py", "--inception", inception, "--workers", "1"]
+    torchrun(2, *measure, photographs, "--crop", "64", "--save", reference)
+    train = ["train.py", "--model", "B/4", "--data", two, "--out", tmp_path / "run", *vae]
+    train += ["--steps", "2", "--batch-size", "16", "--log-every", "1", "--inception", inception]
+    torchrun(2, *train, "--fid-every", "2", "--fid-num", "20", "--fid-ref", reference)
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 2]
+    checkpoint = tmp_path / "run" / "last.pt"
+    draw = ["sample.py", checkpoint, "--num-samples", "64", "--batch-size", "8", *vae]
+    for ranks in (1, 2):
+        torchrun(ranks, *draw, "--out", tmp_path / f"{ranks}.npz")
+    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
+    samples = np.load(tmp_path / "1.npz")["arr_0"]
+    assert samples.shape == (64, 64, 64, 3)
+    assert samples.std() > 1
+    printed = [
+        torchrun(
+            ranks, *measure, tmp_path / "1.npz", reference, capture_output=True, text=True
+        ).stdout.splitlines()
+        for ranks in (1, 2)
+    ]
+    assert printed[0][0] == f"{tmp_path / '1.npz'}: " + printed[0][0].split(": ")[1]
+    distances = [float(lines[-1].removeprefix("FID ")) for lines in printed]
+    assert distances[0] == pytest.approx(distances[1], rel=1e-4)
+    twenty = tmp_path / "twenty.npz"  # what train.py measured, by hand
+    torchrun(1, *draw[:2], "--num-samples", "20", *vae, "--out", twenty)
+    lines = torchrun(1, *measure, twenty, reference, capture_output=True, text=True).stdout
+    assert rows[2]["fid"] == pytest.approx(float(lines.split()[-1]), rel=1e-3)
+    checkpoint.unlink()  # two gigabytes
 
 
 # ---------------------------------------------------------------------------- a finished run

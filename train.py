@@ -393,7 +393,8 @@ def main(args):
             raise ValueError(f"--data {args.data} holds {holds}: {verb} --vae")
         if args.fid_every:
             inception = fid.load_inception(args.inception).to(device)
-            if not (reference := fid.load_statistics(args.fid_ref)):
+            reference = fid.load_statistics(Path(args.fid_ref))
+            if reference is None:
                 raise ValueError(f"--fid-ref {args.fid_ref} holds no mu and sigma")
     except (ValueError, RuntimeError, OSError) as error:
         fail(" ".join(str(error).split()))
