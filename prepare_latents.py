@@ -649,7 +649,9 @@ def write_folder(args):
     )  # fmt: skip
     if args.vae:
         vae = load_vae(args.vae)
-        side = args.size // vae.factor
+        side, rest = divmod(args.size, vae.factor)
+        if rest:
+            raise ValueError(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
         meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, scale=LATENT_SCALE, shift=0)
         meta |= dict(vae=vae.fingerprint())
         vae.to(device)

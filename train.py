@@ -154,15 +154,14 @@ def memory_plan(net, micro, dtype):
 @torch.no_grad()
 def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_size=50):
     """FID and Inception score of `num` one-step samples, balanced over classes, by all ranks."""
+    batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)][rank::world]
     statistics = fid.Statistics(inception, num)
-    progress = Progress("FID", num, silent=rank > 0)
-    batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)]
-    for turn in range(0, len(batches), world):
-        for batch in batches[turn:][rank : rank + 1]:
-            labels = [i % max(net.num_classes, 1) for i in batch]
-            pixels = to_pixels(draw(net, labels, batch), vae, meta["scale"])
-            statistics.add(torch.from_numpy(pixels).expand(-1, 3, -1, -1), batch)
-        progress(sum(map(len, batches[turn : turn + world])))
+    progress = Progress("FID", sum(map(len, batches)), silent=rank > 0)
+    for batch in batches:
+        labels = [i % max(net.num_classes, 1) for i in batch]
+        pixels = to_pixels(draw(net, labels, batch), vae, meta["scale"])
+        statistics.add(torch.from_numpy(pixels).expand(-1, 3, -1, -1), batch)
+        progress(len(batch))
     ours = statistics.result()
     distance = 0.0
     if rank == 0:
