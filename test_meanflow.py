@@ -14,6 +14,7 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -605,7 +606,7 @@ def test_bad_input_of_prepare_ends_in_one_clear_line(tmp_path, monkeypatch, caps
         lines = f"{capsys.readouterr().err}{stop.value.code}".splitlines()
         assert any("prepare_latents.py: error: " in line and words in line for line in lines)
         assert not (tmp_path / "set").exists()
-    monkeypatch.setattr(prepare_latents.shutil, "disk_usage", lambda _: (0, 0, 100))
+    monkeypatch.setattr(prepare_latents.shutil, "disk_usage", lambda _: SimpleNamespace(free=100))
     with pytest.raises(SystemExit, match=r"0\.0 GB free"):
         prepare_latents.main(prepare_latents.parse_args([images, "--out", out]))
 
