@@ -40,6 +40,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
+EMPTY, UNREADABLE = -1, -2  # labels of rows that hold no picture yet, or never will
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -197,8 +198,8 @@ def network_input(stored, meta, generator=None):
 class DatasetWriter:
     """Fills a dataset in place, on one process or several, and goes on where another run ended.
 
-    images.npy and labels.npy have their full size from the start, every label -1. The images of a
-    batch are on the disk before their labels are written: whatever has a label is there.
+    images.npy and labels.npy have their full size from the start, every label EMPTY. The images of
+    a batch are on the disk before their labels are written: whatever has a label is there.
     ValueError where the directory holds another dataset. Rank 0 makes the files: it comes first.
     """
 
@@ -213,6 +214,8 @@ class DatasetWriter:
             if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
                 problem = f"--out {out} holds a dataset with another {', '.join(other)}"
                 raise ValueError(f"{problem}; remove it or name another")
+        elif (self.out / "images.npy").exists():
+            raise ValueError(f"--out {out} holds another images.npy; remove it or name another")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             needed = math.prod(shape) * np.dtype(meta["dtype"]).itemsize
@@ -220,7 +223,7 @@ class DatasetWriter:
                 problem = f"--out {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free"
                 raise ValueError(problem)
             np.lib.format.open_memmap(self.out / "images.npy", "w+", meta["dtype"], shape)
-            np.save(self.out / "labels.npy", np.full(meta["count"], -1, np.int32))
+            np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
             self.write_meta(self.DRAFT)
         self.complete = (self.out / "meta.json").exists()
         self.images = np.load(self.out / "images.npy", mmap_mode="r")
@@ -231,7 +234,7 @@ class DatasetWriter:
         replace_file(self.out / name, lambda file: file.write(text.encode()))
 
     def write(self, first, images, labels):
-        """Rows first, first + 1, ... of this process: images as stored, labels (-1: no picture).
+        """Rows first, first + 1, ... of this process: images as stored, labels or UNREADABLE.
 
         Written, not mapped: processes on other machines may write to the same page of the file.
         """
@@ -246,6 +249,8 @@ class DatasetWriter:
     def finish(self, show):
         """Rank 0, after all ranks have written. show: rows as stored to (n, C, H, W) uint8."""
         labels, names = np.load(self.out / "labels.npy"), len(self.meta["classes"])
+        if (labels == EMPTY).any():
+            raise ValueError(f"{self.out} has rows that were not written; run the command again")
         if not (labels >= 0).any():
             raise ValueError(f"{self.meta['source']} holds no readable picture")
         firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels[labels >= 0])[:10]]
@@ -576,7 +581,7 @@ def image_files(folder):
 
 class ImageFolder(torch.utils.data.Dataset):
     """root/class/**/picture: item i is (pixels (3, size, size) uint8, label, None) or, for a file
-    that cannot be read, (zeros, -1, one line that names it). Classes go by alphabet.
+    that cannot be read, (zeros, UNREADABLE, one line that names it). Classes go by alphabet.
     """
 
     def __init__(self, root, size):
@@ -595,7 +600,7 @@ class ImageFolder(torch.utils.data.Dataset):
         try:
             return read_image(path, self.size), label, None
         except ValueError as error:
-            return np.zeros((3, self.size, self.size), np.uint8), -1, str(error)
+            return np.zeros((3, self.size, self.size), np.uint8), UNREADABLE, str(error)
 
     def fingerprint(self):
         names = "\n".join(str(path.relative_to(self.root)) for path, _ in self.files)
@@ -678,15 +683,15 @@ def write_folder(args):
     writer = DatasetWriter(args.out, meta)
     if rank == 0:
         wait_for_all()
+    say = print if rank == 0 else lambda _: None
     if writer.complete:
-        if rank == 0:
-            print(f"{args.out} is complete already")
+        say(f"{args.out} is complete already")
         return
     batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
-    todo = [batch for batch in batches if writer.labels[batch].min() < 0]
-    if rank == 0 and len(todo) < len(batches):
-        done = len(batches) - len(todo)
-        print(f"{args.out}: going on, {done} of {len(batches)} batches are done")
+    todo = [batch for batch in batches if (writer.labels[batch] == EMPTY).any()]
+    if done := len(batches) - len(todo):
+        say(f"{args.out}: going on, {done} of {len(batches)} batches are done")
+    wait_for_all()  # nobody writes before everybody has seen the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
     loader = torch.utils.data.DataLoader(
         folder, batch_sampler=todo, num_workers=args.workers, collate_fn=collate,
