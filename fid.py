@@ -215,8 +215,9 @@ class Statistics:
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             features = self.net(images.to(sums["x"].device, non_blocking=True))
         # Without the bias, as the score's reference implementation has it.
-        p = F.linear(features, self.net.fc.weight).double().softmax(1)
-        features, split = features.double(), torch.as_tensor(indices).to(p.device) // SPLIT
+        features = features.double()
+        p = F.linear(features, self.net.fc.weight.double()).softmax(1)
+        split = torch.as_tensor(indices).to(p.device) // SPLIT
         sums["n"] += len(features)
         sums["x"] += features.sum(0)
         sums["xx"] += features.T @ features
@@ -280,7 +281,8 @@ def load_statistics(path):
 class Pictures(torch.utils.data.Dataset):
     """The images of an .npz, of a dataset directory, or of a folder and all its sub-folders.
 
-    Item i is (3, H, W) uint8. ValueError, one line, where there are none of 8 bits.
+    Item i is (3, H, W) uint8, or a line that tells what is wrong with its file. ValueError, one
+    line, where there are no images of 8 bits.
     """
 
     def __init__(self, path, crop=None):
@@ -303,7 +305,10 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         row = self.rows[index]
-        image = read_image(row, self.crop) if self.files else np.array(self.array[row])
+        try:
+            image = read_image(row, self.crop) if self.files else np.array(self.array[row])
+        except ValueError as error:  # to be raised by the main process
+            return str(error)
         return torch.from_numpy(image).expand(3, -1, -1)
 
 
@@ -328,7 +333,9 @@ def map_npz(path):
 
 
 def collate(images):
-    """One batch, or a batch for each image where their sizes differ."""
+    """One batch, or a batch for each image where their sizes differ, or a line on a fault."""
+    if faults := [image for image in images if isinstance(image, str)]:
+        return faults[0]
     same = all(image.shape == images[0].shape for image in images)
     return [torch.stack(images)] if same else [image[None] for image in images]
 
@@ -346,6 +353,8 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
     what = f"{what}, rank 0 of {world}" if world > 1 else what
     progress = Progress(what, sum(map(len, mine)), silent=rank > 0)
     for batch, groups in zip(mine, loader, strict=True):
+        if isinstance(groups, str):
+            raise ValueError(groups)
         for indices, images in zip(np.array_split(batch, len(groups)), groups, strict=True):
             statistics.add(images, indices)
         progress(len(batch))
@@ -375,11 +384,16 @@ def parse_args(argv=None):
         parser.error("--batch-size and --crop must be at least 1, --workers at least 0")
     if not (args.reference or args.save):
         parser.error("name a REFERENCE, or --save FILE for the statistics of SAMPLES alone")
-    if args.save and args.save.suffix != ".npz":
-        parser.error(f"--save {args.save}: name an .npz")
+    if args.save and (args.save.suffix != ".npz" or not args.save.parent.is_dir()):
+        parser.error(f"--save {args.save}: name an .npz in a directory that exists")
+    paths = [path for path in (args.samples, args.reference) if path]
+    if args.save and args.save.resolve() in [path.resolve() for path in paths]:
+        parser.error(f"--save {args.save} would replace what is read")
+    if args.crop and not any(path.is_dir() and not (path / "meta.json").exists() for path in paths):
+        parser.error("--crop is for folders of images")
     args.sides = []
     try:
-        for path in filter(None, [args.samples, args.reference]):
+        for path in paths:
             if not path.exists():
                 raise ValueError(f"{path} does not exist")
             known = load_statistics(path) if path.suffix == ".npz" else None
@@ -417,7 +431,7 @@ def main(args):
 if __name__ == "__main__":
     try:
         main(parse_args())
-    except ValueError as error:  # a picture that cannot be read
+    except (ValueError, OSError) as error:  # a picture that cannot be read, a full disk
         sys.exit(f"fid.py: error: {error}")
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -27,6 +27,7 @@ import os
 import shutil
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -58,6 +59,7 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
         dist.init_process_group(backend, timeout=timeout)
     return rank, world, device
@@ -92,9 +94,27 @@ class Progress:
                 print(file=sys.stderr)
 
 
-def replace_file(path, write):
+class Background:
+    """Runs one call at a time beside the caller, so that a GPU need not wait for the disk.
+
+    The next call, or wait(), first waits for the last one to end, and raises what that raised.
+    """
+
+    def __init__(self):
+        self.pool, self.last = ThreadPoolExecutor(1), None
+
+    def __call__(self, function, *args):
+        self.wait()
+        self.last = self.pool.submit(function, *args)
+
+    def wait(self):
+        if self.last:
+            self.last.result()
+
+
+def replace_file(path, write, suffix=".tmp"):
     """All or nothing: readers of `path` find the old file or the whole new one. write(file)."""
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + suffix)
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -231,7 +251,8 @@ class DatasetWriter:
 
     def write_meta(self, name):
         text = json.dumps(self.meta, indent=1) + "\n"
-        replace_file(self.out / name, lambda file: file.write(text.encode()))
+        # Under a name of its own: three runs may start at once and make the built-in pictures.
+        replace_file(self.out / name, lambda file: file.write(text.encode()), f".{os.getpid()}")
 
     def write(self, first, images, labels):
         """Rows first, first + 1, ... of this process: images as stored, labels or UNREADABLE.
@@ -258,7 +279,7 @@ class DatasetWriter:
         rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
         save_grid(show(self.images[rows.ravel()]), self.out / "preview.png", columns=len(firsts))
         self.write_meta("meta.json")
-        (self.out / self.DRAFT).unlink()
+        (self.out / self.DRAFT).unlink(missing_ok=True)
         count, shape = (labels >= 0).sum(), tuple(self.meta["shape"])
         print(f"{self.out}: {count:,} pictures {shape} of {names} classes, see preview.png")
         if count < len(labels):
@@ -276,7 +297,8 @@ def load_weights(path):
     try:
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        # Without mmap, which files from before torch 1.6 do not allow: FID's Inception is that old.
+        state = torch.load(path, map_location="cpu", weights_only=True)
         return dict(state.get("state_dict", state))
     except FileNotFoundError:
         raise ValueError(f"{path} is not a file") from None
@@ -621,7 +643,9 @@ def to_rgb(image):
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
     if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        values = np.asarray(image)
+        deep = image.mode != "I" or values.max() > 255
+        image = Image.fromarray((values >> 8 * deep).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -698,16 +722,17 @@ def write_folder(args):
         pin_memory=device.type == "cuda",
     )  # fmt: skip
     what = f"{args.out}, rank 0 of {world}" if world > 1 else args.out
-    progress = Progress(what, sum(map(len, todo)), silent=rank > 0)
+    progress, background = Progress(what, sum(map(len, todo)), silent=rank > 0), Background()
     for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
         for fault in faults:
             if not args.skip_unreadable:
                 raise ValueError(f"{fault}; mend it or pass --skip-unreadable")
             print(f"\nskipped: {fault}", file=sys.stderr)
         if args.flip:  # first, so that a label among the first half vouches for both
-            writer.write(count + batch[0], encode(pixels.flip(-1)), labels)
-        writer.write(batch[0], encode(pixels), labels)
+            background(writer.write, count + batch[0], encode(pixels.flip(-1)), labels)
+        background(writer.write, batch[0], encode(pixels), labels)
         progress(len(batch))
+    background.wait()
     wait_for_all()
     if rank == 0:
         writer.finish(show)

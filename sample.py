@@ -27,6 +27,7 @@ from PIL import Image
 import meanflow
 from model import DiT
 from prepare_latents import (
+    Background,
     Progress,
     fingerprint,
     is_in_file,
@@ -187,11 +188,13 @@ def main(args):
     if args.kind == ".npz" and out.exists():
         if npz_settings(out) != settings:
             sys.exit(f"sample.py: error: {out} holds other pictures; remove it or name another")
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at its very end
         say(f"{out} is complete already")
         return
     if rank == 0:
-        known = record.read_text() if record.exists() else None
-        if known != settings and (known or any(folder.glob("*.png"))):
+        same = record.exists() and record.read_text() == settings
+        if not same and any(path.suffix in (".png", ".npy") for path in folder.glob("*")):
             sys.exit(f"sample.py: error: {folder} holds other pictures; remove it or name another")
         folder.mkdir(parents=True, exist_ok=True)
         replace_file(record, lambda file: file.write(settings.encode()))
@@ -203,14 +206,16 @@ def main(args):
     batches = [range(first, min(first + args.batch_size, num)) for first in firsts]
     path = {b: folder / (f"{b[0]:06d}.npy" if args.kind else f"{b[-1]:06d}.png") for b in batches}
     todo = [batch for batch in batches if not path[batch].exists()][rank::world]
+    wait_for_all()  # nobody saves before everybody has seen the same work
     net, vae = args.net.to(device), args.vae and args.decoder.to(device)
     what = f"{out}, rank 0 of {world}" if world > 1 else out
-    progress = Progress(what, sum(map(len, todo)), silent=rank > 0)
+    progress, background = Progress(what, sum(map(len, todo)), silent=rank > 0), Background()
     for batch in todo:
         labels = args.labels[batch.start : batch.stop]
         x = draw(net, labels, batch, args.seed, args.nfe, args.velocity)
-        save_batch(path[batch], batch, to_pixels(x, vae, args.meta["scale"]))
+        background(save_batch, path[batch], batch, to_pixels(x, vae, args.meta["scale"]))
         progress(len(batch))
+    background.wait()
     wait_for_all()
 
     if args.kind and rank == 0:

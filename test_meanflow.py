@@ -611,6 +611,22 @@ def test_bad_input_of_prepare_ends_in_one_clear_line(tmp_path, monkeypatch, caps
         prepare_latents.main(prepare_latents.parse_args([images, "--out", out]))
 
 
+def test_a_dataset_with_a_row_that_nobody_wrote_is_not_finished(glyphs, tmp_path):
+    meta = prepare_latents.Dataset(glyphs).meta | {"count": 3}
+    writer = prepare_latents.DatasetWriter(tmp_path / "set", meta)
+    writer.write(0, np.zeros((1, 1, 16, 16)), [5])
+    writer.write(2, np.ones((1, 1, 16, 16)), [prepare_latents.UNREADABLE])
+    with pytest.raises(ValueError, match="run the command again"):
+        writer.finish(show=lambda rows: rows)
+    writer.write(1, np.full((1, 1, 16, 16), 7), [6])
+    writer.finish(show=lambda rows: rows)
+    images, labels = prepare_latents.Dataset(tmp_path / "set").__getitems__([0, 1])
+    assert (labels.tolist(), images[1].max()) == ([5, 6], 7)
+    (tmp_path / "set" / "meta.json").unlink()
+    with pytest.raises(ValueError, match="holds another images"):
+        prepare_latents.DatasetWriter(tmp_path / "set", meta)
+
+
 @pytest.mark.parametrize("fault", ["images", "labels", "meta"])
 def test_a_damaged_dataset_is_refused_in_one_line(glyphs, tmp_path, fault):
     data = prepare_latents.Dataset(glyphs)
@@ -961,6 +977,9 @@ def test_defaults_of_a_named_model_are_the_papers():
 def test_a_dry_run_of_a_named_model_is_the_papers_run(tmp_path, monkeypatch, capsys):
     """arXiv 2505.13447v1, Tab. 4, for ImageNet, which need not be there yet."""
     monkeypatch.chdir(tmp_path)
+    train.main(train.parse_args(["--model", "B/4", "--dry-run", "--vae", random_vae("vae.pt")]))
+    os.unlink("vae.pt")
+    capsys.readouterr()
     for model, parameters, steps, omega, kappa, interval in [
         ("B/4", 131.2, 1_201_095, 1.0, 0.5, [0.0, 1.0]),
         ("L/2", 459.1, 1_201_095, 0.2, 0.92, [0.0, 0.8]),
@@ -1222,7 +1241,8 @@ def inception(tmp_path_factory):
             for tensor in (module.bias, module.running_mean):
                 nn.init.normal_(tensor, std=0.1)
     path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05.pth"
-    torch.save({k: v for k, v in net.state_dict().items() if "num_batches" not in k}, path)
+    state = {name: tensor for name, tensor in net.state_dict().items() if "num_batches" not in name}
+    torch.save(state, path, _use_new_zipfile_serialization=False)  # as old as the real file
     return path
 
 
@@ -1366,6 +1386,10 @@ def test_fid_takes_images_and_statistics_of_every_kind(glyphs, inception, tmp_pa
         (["stats.npz"], "REFERENCE"),
         (["stats.npz", "stats.npz", "--inception", "text.npz"], "text.npz"),
         (["images.npz", "stats.npz", "--inception", ""], "--inception"),
+        (["images.npz", "--save", "images.npz"], "would replace what is read"),
+        (["images.npz", "--save", "nowhere/x.npz"], "a directory that exists"),
+        (["images.npz", "stats.npz", "--crop", "8"], "--crop is for folders"),
+        (["broken", "stats.npz", "--workers", "1"], "1.png cannot be read"),
     ],
 )
 def test_bad_input_of_fid_ends_in_one_clear_line(inception, tmp_path, capsys, flags, words):
@@ -1374,13 +1398,17 @@ def test_bad_input_of_fid_ends_in_one_clear_line(inception, tmp_path, capsys, fl
     np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     (tmp_path / "text.npz").write_text("no zip at all")
-    flags = [str(tmp_path / f) if f.endswith((".npz", "empty")) else f for f in flags]
-    with pytest.raises(SystemExit) as stop:
-        fid.parse_args(["--inception", str(inception), *flags])
-    assert stop.value.code == 2
-    line = capsys.readouterr().err.strip().splitlines()[-1]
+    (tmp_path / "broken").mkdir()
+    for name in "123":
+        (tmp_path / "broken" / f"{name}.png").write_text("no picture")
+    flags = [str(tmp_path / f) if f.endswith((".npz", "empty", "broken")) else f for f in flags]
+    command = [sys.executable, HERE / "fid.py", "--inception", inception, *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode
+    *before, line = done.stderr.strip().splitlines()
     assert line.startswith("fid.py: error: ")
     assert words in line
+    assert not any("Traceback" in other for other in before)
 
 
 # ---------------------------------------------------------------------------- from images to a FID

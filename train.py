@@ -171,7 +171,7 @@ def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_s
 
 def fail(message, code=2):
     """End with one line on standard error; code 2, argparse's, is for bad input, 1 for a fault."""
-    if os.environ.get("RANK", "0") == "0":
+    if os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"train.py: error: {message}", file=sys.stderr)
     sys.exit(code)
 
@@ -311,8 +311,6 @@ def parse_args(argv=None):
 def main(args):
     # Set-up: one process, or one per GPU under torchrun.
     rank, world, device = join_ranks("nccl" if torch.cuda.is_available() else "gloo", timeout=None)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
 
     # Data, and how a global batch divides into micro-batches.
@@ -327,7 +325,8 @@ def main(args):
         if args.data not in ASSUMED or not args.dry_run:
             fail(f"--data: {error}")
         count, shape, classes = ASSUMED[args.data]
-        meta, epoch = dict(shape=shape, classes=range(classes)), count
+        meta = dict(shape=shape, classes=range(classes), vae=args.data == IMAGENET)
+        epoch = count
         say(f"note: there is no {args.data} yet; taken to be {count:,} pictures {shape}")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
