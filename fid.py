@@ -184,11 +184,15 @@ def resize(x, size=299):
 
 def load_inception(path):
     """The network in a file of the public weights. ValueError, one line, for any other file."""
-    net, state = Inception(), load_weights(path)
-    for name in net.state_dict():  # a counter that some copies of the file do not carry
-        if name.endswith("num_batches_tracked"):
-            state.setdefault(name, torch.tensor(0))
-    load_strictly(net, state, path)
+    net = Inception()
+    try:
+        state = load_weights(path)
+        for name in net.state_dict():  # a counter that some copies of the file do not carry
+            if name.endswith("num_batches_tracked"):
+                state.setdefault(name, torch.tensor(0))
+        load_strictly(net, state, path)
+    except ValueError as error:
+        raise ValueError(f"--inception: {error}; pt_inception-2015-12-05 is needed") from None
     return net.eval().requires_grad_(False)
 
 
@@ -251,7 +255,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     root[pivots - 1] = np.triu(factor)[:rank].T
     values = scipy.linalg.eigvalsh(root.T @ sigma2 @ root)
     cross = np.sqrt(values.clip(min=0)).sum()
-    return float(((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross)
+    distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
+    return max(float(distance), 0.0)
 
 
 # ---------------------------------------------------------------------------- inputs
@@ -349,12 +354,15 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
         pictures, batch_sampler=mine, num_workers=workers if pictures.files else 0,
         collate_fn=collate, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
-    statistics = Statistics(net, count)
+    statistics, stretched = Statistics(net, count), False
     what = f"{what}, rank 0 of {world}" if world > 1 else what
     progress = Progress(what, sum(map(len, mine)), silent=rank > 0)
     for batch, groups in zip(mine, loader, strict=True):
         if isinstance(groups, str):
             raise ValueError(groups)
+        if len(groups) > 1 and rank == 0 and not stretched:
+            print(f"note: {what} has pictures of several sizes, all stretched to one: see --crop")
+            stretched = True
         for indices, images in zip(np.array_split(batch, len(groups)), groups, strict=True):
             statistics.add(images, indices)
         progress(len(batch))
@@ -369,6 +377,7 @@ def parse_args(argv=None):
         prog="fid.py",
         usage="fid.py SAMPLES [REFERENCE] --inception FILE [flags]; --help tells more",
         description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("samples", type=Path, help=".npz of images or of statistics, dataset, folder of images")
@@ -378,7 +387,7 @@ def parse_args(argv=None):
     add("--save", type=Path, help="file for the statistics of SAMPLES, an .npz")
     add("--batch-size", type=int, default=50, help="images at once on a rank")
     add("--workers", type=int, help="folders: processes per rank that decode images")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # REFERENCE may follow a flag
     args.workers = default_workers() if args.workers is None else args.workers
     if min(args.batch_size, args.crop or 1) < 1 or args.workers < 0:
         parser.error("--batch-size and --crop must be at least 1, --workers at least 0")
@@ -396,6 +405,8 @@ def parse_args(argv=None):
         for path in paths:
             if not path.exists():
                 raise ValueError(f"{path} does not exist")
+            if path.suffix != ".npz" and not path.is_dir():
+                raise ValueError(f"{path} is neither an .npz nor a folder")
             known = load_statistics(path) if path.suffix == ".npz" else None
             if not known and not args.inception:
                 raise ValueError(f"{path} holds images: name the weights of --inception")
@@ -418,7 +429,7 @@ def main(args):
         score = f", Inception score {side['score']:.4g}" if "score" in side else ""
         say(f"{path}: {count}{score}")
         if side.get("count", math.inf) < 10_000:
-            say("warning: of fewer than 10,000 images, the FID comes out too large")
+            say(f"warning: {path} has fewer than 10,000 images, which makes a FID too large")
         sides.append(side)
     if rank == 0 and args.save:
         replace_file(args.save, lambda file: np.savez(file, **sides[0]))

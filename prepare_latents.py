@@ -246,8 +246,13 @@ class DatasetWriter:
             np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
             self.write_meta(self.DRAFT)
         self.complete = (self.out / "meta.json").exists()
-        self.images = np.load(self.out / "images.npy", mmap_mode="r")
-        self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
+        try:
+            self.images = np.load(self.out / "images.npy", mmap_mode="r")
+            self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(
+                f"--out {out} is damaged ({error}); remove it, to begin anew"
+            ) from None
 
     def write_meta(self, name):
         text = json.dumps(self.meta, indent=1) + "\n"
@@ -504,20 +509,25 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 
 
 def load_vae(path):
-    """The VAE in a file of diffusers' names, old or new, as float32; its widths come from there."""
-    state = {}
-    for name, tensor in load_weights(path).items():
-        parts = [OLD_NAMES.get(part, part) for part in name.split(".")]
-        state[".".join(parts)] = tensor
+    """The VAE in a file of diffusers' names, old or new, as float32; its widths come from there.
+
+    ValueError, one line that begins with --vae, for any other file.
+    """
     try:
+        state = {}
+        for name, tensor in load_weights(path).items():
+            parts = [OLD_NAMES.get(part, part) for part in name.split(".")]
+            state[".".join(parts)] = tensor
         levels = sum(name.endswith("samplers.0.conv.weight") for name in state) // 2 + 1
         name = "encoder.down_blocks.{}.resnets.0.conv1.weight"
         widths = [len(state[name.format(level)]) for level in range(levels)]
         vae = VAE(widths, len(state["post_quant_conv.weight"]))
+        load_strictly(vae, state, path)
     except KeyError:
-        message = f"{path} holds no VAE under diffusers' names, such as encoder.conv_in.weight"
+        message = f"--vae: {path} holds no VAE under diffusers' names: encoder.conv_in.weight, ..."
         raise ValueError(message) from None
-    load_strictly(vae, state, path)
+    except ValueError as error:
+        raise ValueError(f"--vae: {error}") from None
     return vae.eval().requires_grad_(False)
 
 
@@ -713,8 +723,8 @@ def write_folder(args):
         return
     batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
     todo = [batch for batch in batches if (writer.labels[batch] == EMPTY).any()]
-    if done := len(batches) - len(todo):
-        say(f"{args.out}: going on, {done} of {len(batches)} batches are done")
+    if done := count - sum(map(len, todo)):
+        say(f"{args.out}: going on, {done:,} of {count:,} pictures are done")
     wait_for_all()  # nobody writes before everybody has seen the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
     loader = torch.utils.data.DataLoader(
@@ -743,6 +753,7 @@ def parse_args(argv=None):
         prog="prepare_latents.py",
         usage="prepare_latents.py SOURCE --out DIR [flags]; --help lists them all",
         description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("source", help="'glyphs', or a folder with one sub-folder of images per class")

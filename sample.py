@@ -86,13 +86,20 @@ def draw(net, labels, indices=None, seed=0, nfe=1, velocity=False):
 # ---------------------------------------------------------------------------- files of pictures
 
 
-def save_batch(path, batch, pixels):
-    """Pixels (n, C, H, W) of a batch into its .npy, or one PNG each; whole files or none."""
-    if path.suffix == ".npy":
-        return replace_file(path, lambda file: np.save(file, pixels))
-    for index, picture in zip(batch, pixels, strict=True):
-        save_png = partial(to_image(picture).save, format="PNG")
-        replace_file(path.with_name(f"{index:06d}.png"), save_png)
+def files_of(batch, args):
+    """Where the pictures of a batch of indices go: a PNG each, or one piece of the one file."""
+    if args.kind:
+        return [args.folder / f"{batch[0]:06d}.npy"]
+    return [args.folder / f"{index:06d}.png" for index in batch]
+
+
+def save_batch(paths, pixels):
+    """Pixels (n, C, H, W) of a batch into its files, each of them there as a whole or not."""
+    if paths[0].suffix == ".npy":
+        replace_file(paths[0], lambda file: np.save(file, pixels))
+    else:
+        for path, picture in zip(paths, pixels, strict=True):
+            replace_file(path, partial(to_image(picture).save, format="PNG"))
 
 
 def save_npz(path, parts, shape, settings):
@@ -100,7 +107,7 @@ def save_npz(path, parts, shape, settings):
 
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
-            archive.comment = settings.encode()
+            archive.comment = json.dumps(settings).encode()
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(array, header)
@@ -111,18 +118,27 @@ def save_npz(path, parts, shape, settings):
 
 
 def settings_of(args):
-    """What is drawn, as text: kept beside unfinished pictures, and in a finished .npz."""
+    """What is drawn, for JSON: kept beside unfinished pictures, and in a finished .npz."""
     names = ("step", "num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size")
     weights = [net and fingerprint(net.state_dict()) for net in (args.net, args.decoder)]
-    return json.dumps({name: vars(args)[name] for name in names} | {"weights": weights})
+    return {name: vars(args)[name] for name in names} | {"weights": weights}
 
 
-def npz_settings(path):
+def check_settings(path, settings):
+    """Exit with one line where the pictures that `path` tells of are of other settings."""
     try:
-        with zipfile.ZipFile(path) as archive:
-            return archive.comment.decode()
+        if path.suffix == ".json":
+            text = path.read_text()
+        else:
+            with zipfile.ZipFile(path) as archive:
+                text = archive.comment.decode()
+        was = json.loads(text)
     except (OSError, ValueError, zipfile.BadZipFile):
-        return None
+        was = {}
+    if other := [name for name in settings if name not in was or was[name] != settings[name]]:
+        place = path.parent if path.suffix == ".json" else path
+        problem = f"{place} holds pictures of another {', '.join(other)}"
+        sys.exit(f"sample.py: error: {problem}; remove it or name another --out")
 
 
 # ---------------------------------------------------------------------------- command line
@@ -186,26 +202,24 @@ def main(args):
     out, folder, num = args.out, args.folder, args.num
     settings, record = settings_of(args), folder / "settings.json"
     if args.kind == ".npz" and out.exists():
-        if npz_settings(out) != settings:
-            sys.exit(f"sample.py: error: {out} holds other pictures; remove it or name another")
+        check_settings(out, settings)
         if rank == 0:
             shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at its very end
         say(f"{out} is complete already")
         return
     if rank == 0:
-        same = record.exists() and record.read_text() == settings
-        if not same and any(path.suffix in (".png", ".npy") for path in folder.glob("*")):
-            sys.exit(f"sample.py: error: {folder} holds other pictures; remove it or name another")
+        if any(path.suffix in (".png", ".npy") for path in folder.glob("*")):
+            check_settings(record, settings)
         folder.mkdir(parents=True, exist_ok=True)
-        replace_file(record, lambda file: file.write(settings.encode()))
+        replace_file(record, lambda file: file.write(json.dumps(settings).encode()))
     wait_for_all()
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
-    # comes out the same on any number of ranks. A batch is there when its last file is.
+    # comes out the same on any number of ranks.
     firsts = range(0, num, args.batch_size)
     batches = [range(first, min(first + args.batch_size, num)) for first in firsts]
-    path = {b: folder / (f"{b[0]:06d}.npy" if args.kind else f"{b[-1]:06d}.png") for b in batches}
-    todo = [batch for batch in batches if not path[batch].exists()][rank::world]
+    todo = [b for b in batches if not all(path.exists() for path in files_of(b, args))]
+    todo = todo[rank::world]
     wait_for_all()  # nobody saves before everybody has seen the same work
     net, vae = args.net.to(device), args.vae and args.decoder.to(device)
     what = f"{out}, rank 0 of {world}" if world > 1 else out
@@ -213,22 +227,22 @@ def main(args):
     for batch in todo:
         labels = args.labels[batch.start : batch.stop]
         x = draw(net, labels, batch, args.seed, args.nfe, args.velocity)
-        background(save_batch, path[batch], batch, to_pixels(x, vae, args.meta["scale"]))
+        background(save_batch, files_of(batch, args), to_pixels(x, vae, args.meta["scale"]))
         progress(len(batch))
     background.wait()
     wait_for_all()
 
     if args.kind and rank == 0:
-        parts = (np.load(path[batch]) for batch in batches)
+        parts = (np.load(*files_of(batch, args)) for batch in batches)
         if args.kind == ".png":
             columns = len(set(args.labels))
             columns = columns if columns <= 16 else math.ceil(math.sqrt(num))
             save_grid(np.concatenate(list(parts)), out, columns)
         else:
-            c, h, w = np.load(path[batches[0]], mmap_mode="r").shape[1:]
+            c, h, w = np.load(*files_of(batches[0], args)).shape[1:]
             save_npz(out, parts, (num, h, w, c), settings)
         shutil.rmtree(folder)
-    say(f"{num:,} pictures of {args.nfe} evaluations each: {out}")
+    say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")
 
 
 if __name__ == "__main__":

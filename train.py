@@ -200,7 +200,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         prog="train.py",
         usage="train.py [--model NAME] [flags]; --help lists them all",
-        description=__doc__.splitlines()[0],
+        description=__doc__.splitlines()[0] + " Defaults are the recipe of the --model given.",
         parents=[only_model],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -348,9 +348,10 @@ def main(args):
             saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
             fail(f"{last} is damaged ({type(error).__name__}); remove it or name another --out")
-        if saved["meta"] != meta:
-            source = saved["meta"]["source"]
-            fail(f"{out} is a run on {source}; name another --out for --data {args.data}")
+        was = saved["meta"]
+        if other := [key for key in was | meta if was.get(key) != meta.get(key)]:
+            other = ", ".join(other)
+            fail(f"{out}: its data had another {other} than --data {args.data}; name another --out")
         for name, was in saved["args"].items():
             if name not in MAY_CHANGE and getattr(args, name, was) != was:
                 flag, now = "--" + name.replace("_", "-"), getattr(args, name)
@@ -386,6 +387,8 @@ def main(args):
                 net.load_state_dict(other.state_dict())
         if args.vae:
             vae = load_vae(args.vae).to(device)
+            if meta.get("vae") not in (None, True, vae.fingerprint()):
+                say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
         if bool(vae) != bool(meta.get("vae")) and (vae or args.fid_every):
             holds, verb = ("latents", "name") if meta.get("vae") else ("pixels", "leave out")
             raise ValueError(f"--data {args.data} holds {holds}: {verb} --vae")
