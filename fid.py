@@ -26,6 +26,7 @@ from torch import nn
 
 from prepare_latents import (
     Dataset,
+    HelpFormatter,
     Progress,
     default_workers,
     image_files,
@@ -377,7 +378,7 @@ def parse_args(argv=None):
         prog="fid.py",
         usage="fid.py SAMPLES [REFERENCE] --inception FILE [flags]; --help tells more",
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("samples", type=Path, help=".npz of images or of statistics, dataset, folder of images")
@@ -387,7 +388,7 @@ def parse_args(argv=None):
     add("--save", type=Path, help="file for the statistics of SAMPLES, an .npz")
     add("--batch-size", type=int, default=50, help="images at once on a rank")
     add("--workers", type=int, help="folders: processes per rank that decode images")
-    args = parser.parse_intermixed_args(argv)  # REFERENCE may follow a flag
+    args = parser.parse_args(argv)
     args.workers = default_workers() if args.workers is None else args.workers
     if min(args.batch_size, args.crop or 1) < 1 or args.workers < 0:
         parser.error("--batch-size and --crop must be at least 1, --workers at least 0")

@@ -75,6 +75,14 @@ def wait_for_all():
         dist.barrier()
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Tells the default of each flag that has one."""
+
+    def _get_help_string(self, action):
+        has_none = action.default is None or action.default is False
+        return action.help if has_none else super()._get_help_string(action)
+
+
 class Progress:
     """How far long work is: a line rewritten in place, or in a log file a new one now and then."""
 
@@ -753,7 +761,7 @@ def parse_args(argv=None):
         prog="prepare_latents.py",
         usage="prepare_latents.py SOURCE --out DIR [flags]; --help lists them all",
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("source", help="'glyphs', or a folder with one sub-folder of images per class")

@@ -28,6 +28,7 @@ import meanflow
 from model import DiT
 from prepare_latents import (
     Background,
+    HelpFormatter,
     Progress,
     fingerprint,
     is_in_file,
@@ -149,7 +150,7 @@ def parse_args(argv=None):
         prog="sample.py",
         usage="sample.py CHECKPOINT --out OUT [flags]; --help lists them all",
         description=__doc__.splitlines()[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")

@@ -34,6 +34,7 @@ import schedules
 from model import CONDITIONINGS, CONFIGS
 from prepare_latents import (
     Dataset,
+    HelpFormatter,
     Progress,
     is_in_file,
     join_ranks,
@@ -203,7 +204,7 @@ def parse_args(argv=None):
         description=__doc__.splitlines()[0] + " Defaults are the recipe of the --model given.",
         parents=[only_model],
         allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     finite = number(float, math.isfinite, "a finite number")
     positive = number(float, lambda a: 0 < a < math.inf, "a positive number")
