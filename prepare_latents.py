@@ -120,9 +120,9 @@ class Background:
             self.last.result()
 
 
-def replace_file(path, write, suffix=".tmp"):
+def replace_file(path, write):
     """All or nothing: readers of `path` find the old file or the whole new one. write(file)."""
-    temporary = path.with_name(path.name + suffix)
+    temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as file:
         write(file)
         file.flush()
@@ -240,7 +240,7 @@ class DatasetWriter:
         if found := [path for path in meta_files if path.exists()]:
             was = json.loads(found[0].read_text())
             if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
-                problem = f"--out {out} holds a dataset with another {', '.join(other)}"
+                problem = f"--out {out} holds a dataset that differs in {', '.join(other)}"
                 raise ValueError(f"{problem}; remove it or name another")
         elif (self.out / "images.npy").exists():
             raise ValueError(f"--out {out} holds another images.npy; remove it or name another")
@@ -264,8 +264,7 @@ class DatasetWriter:
 
     def write_meta(self, name):
         text = json.dumps(self.meta, indent=1) + "\n"
-        # Under a name of its own: three runs may start at once and make the built-in pictures.
-        replace_file(self.out / name, lambda file: file.write(text.encode()), f".{os.getpid()}")
+        replace_file(self.out / name, lambda file: file.write(text.encode()))
 
     def write(self, first, images, labels):
         """Rows first, first + 1, ... of this process: images as stored, labels or UNREADABLE.
@@ -282,7 +281,7 @@ class DatasetWriter:
 
     def finish(self, show):
         """Rank 0, after all ranks have written. show: rows as stored to (n, C, H, W) uint8."""
-        labels, names = np.load(self.out / "labels.npy"), len(self.meta["classes"])
+        labels = np.load(self.out / "labels.npy")
         if (labels == EMPTY).any():
             raise ValueError(f"{self.out} has rows that were not written; run the command again")
         if not (labels >= 0).any():
@@ -292,11 +291,15 @@ class DatasetWriter:
         rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
         save_grid(show(self.images[rows.ravel()]), self.out / "preview.png", columns=len(firsts))
         self.write_meta("meta.json")
-        (self.out / self.DRAFT).unlink(missing_ok=True)
-        count, shape = (labels >= 0).sum(), tuple(self.meta["shape"])
-        print(f"{self.out}: {count:,} pictures {shape} of {names} classes, see preview.png")
-        if count < len(labels):
-            print(f"{len(labels) - count} of {len(labels)} pictures could not be read: left out")
+        (self.out / self.DRAFT).unlink()
+
+
+def describe(out):
+    data = Dataset(out)
+    shape, classes = tuple(data.meta["shape"]), len(data.meta["classes"])
+    print(f"{out}: {len(data):,} pictures {shape} of {classes} classes, see preview.png")
+    if missing := data.meta["count"] - len(data):
+        print(f"{missing} of {data.meta['count']} pictures could not be read: left out")
 
 
 # ---------------------------------------------------------------------------- the VAE
@@ -586,16 +589,25 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
         shift=-1.0, classes=[str(digit) for digit in range(10)], source=f"glyphs, seed {seed}",
         files=f"seed {seed}",
     )  # fmt: skip
-    writer = DatasetWriter(out, meta)
-    if writer.complete:
+    out = Path(out)
+    if (out / "meta.json").exists() and DatasetWriter(out, meta).complete:
         print(f"{out} is complete already")
         return
+    if out.exists() and any(out.iterdir()):
+        raise ValueError(f"--out {out} holds other files; remove it or name another")
+    # Made aside and renamed as a whole: several runs may start at once where it is missing.
+    writer = DatasetWriter(out.with_name(f"{out.name}.{os.getpid()}"), meta)
     rng, progress = np.random.default_rng(seed), Progress(out, count)
     for start in range(0, count, 1000):
         labels = np.arange(start, min(start + 1000, count)) % 10
         writer.write(start, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
         progress(len(labels))
     writer.finish(show=lambda rows: rows)
+    try:
+        writer.out.rename(out)
+    except OSError:  # another process has been faster
+        shutil.rmtree(writer.out)
+    describe(out)
 
 
 # ---------------------------------------------------------------------------- a folder of images
@@ -754,6 +766,7 @@ def write_folder(args):
     wait_for_all()
     if rank == 0:
         writer.finish(show)
+        describe(args.out)
 
 
 def parse_args(argv=None):

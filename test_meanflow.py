@@ -552,7 +552,7 @@ def test_a_folder_of_images_is_stored_pixel_by_pixel(tmp_path):
     before = (tmp_path / "set" / "images.npy").stat().st_mtime_ns
     prepare_latents.main(prepare_latents.parse_args(argv))  # again: nothing is left to do
     Image.new("RGB", (8, 8)).save(tmp_path / "images" / "cat" / "new.png")
-    with pytest.raises(SystemExit, match="another count"):  # nor are other pictures mixed in
+    with pytest.raises(SystemExit, match="differs in count"):  # nor are other pictures mixed in
         prepare_latents.main(prepare_latents.parse_args(argv))
     assert (tmp_path / "set" / "images.npy").stat().st_mtime_ns == before
 

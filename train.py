@@ -315,11 +315,11 @@ def main(args):
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
 
     # Data, and how a global batch divides into micro-batches.
-    if args.data == GLYPHS and not (Path(GLYPHS, "meta.json").exists() or args.dry_run):
-        if rank == 0:
-            write_glyphs(GLYPHS)
-        wait_for_all()
     try:
+        if args.data == GLYPHS and not (Path(GLYPHS, "meta.json").exists() or args.dry_run):
+            if rank == 0:
+                write_glyphs(GLYPHS)
+            wait_for_all()
         data = Dataset(args.data)
         meta, count, epoch = data.meta, len(data), data.epoch_length
     except ValueError as error:
