@@ -799,7 +799,7 @@ def test_safetensors_are_read_as_their_own_library_wrote_them(tmp_path):
 
 
 def test_latents_are_the_posterior_of_the_cropped_images_and_are_drawn_afresh(
-    photographs, tmp_path
+    photographs, tmp_path, capsys
 ):
     small = tmp_path / "images"
     for name in ("class 0", "class 1"):
@@ -817,7 +817,10 @@ def test_latents_are_the_posterior_of_the_cropped_images_and_are_drawn_afresh(
     assert half.images.shape == (12, 8, 4, 4)
     assert (half.images == data.images.astype(np.float16)).all()
     assert data.labels.tolist() == [0, 0, 0, 1, 1, 1] * 2
-    assert (len(data), data.epoch_length) == (12, 6)  # an epoch is of the pictures in the folder
+    argv = ["--data", str(tmp_path / "float32"), "--epochs", "2", "--batch-size", "4", "--dry-run"]
+    capsys.readouterr()
+    train.main(train.parse_args(argv))  # an epoch is of the 6 pictures in the folder
+    assert "3 steps of 4 = 2.0 epochs" in capsys.readouterr().out
     assert data.meta["scale"] == 0.18215
     vae = prepare_latents.load_vae(vae_file)
     files = sorted(small.rglob("*.*"))
@@ -1245,6 +1248,7 @@ def inception(tmp_path_factory):
                 nn.init.uniform_(tensor, 0.5, 1.5)
             for tensor in (module.bias, module.running_mean):
                 nn.init.normal_(tensor, std=0.1)
+    nn.init.normal_(net.fc.bias, std=2)
     path = tmp_path_factory.mktemp("inception") / "pt_inception-2015-12-05.pth"
     state = {name: tensor for name, tensor in net.state_dict().items() if "num_batches" not in name}
     torch.save(state, path, _use_new_zipfile_serialization=False)  # as old as the real file
