@@ -38,7 +38,9 @@ from prepare_latents import (
 )
 
 FEATURES, CLASSES = 2048, 1008
-SPLIT = 5000  # images that one value of the Inception score is taken of, as in ADM's evaluation
+# Images that one value of the Inception score is taken of, in order, as in ADM's evaluation.
+# differs: torch-fidelity shuffles them and takes ten equal splits.
+SPLIT = 5000
 
 # ---------------------------------------------------------------------------- the network
 

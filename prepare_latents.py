@@ -616,6 +616,7 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
 def read_image(path, size=None):
     """(3, H, W) uint8 of a picture file as a viewer shows it; cut to size x size where given.
 
+    differs: ADM's code leaves pictures unturned whose EXIF data tell that the camera was turned.
     ValueError, one line that names the file, where Pillow cannot read it.
     """
     try:
