@@ -22,6 +22,7 @@ import scipy.special
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from scipy.linalg.blas import dtrmm
 from torch import nn
 
 from prepare_latents import (
@@ -248,15 +249,16 @@ class Statistics:
 def frechet_distance(mu1, sigma1, mu2, sigma2):
     """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), arXiv 1706.08500, Eq. 6, of float64 arrays.
 
-    With S1 = R R', the eigenvalues of S1 S2 beyond zeros are those of the symmetric R' S2 R, and
+    With S1 = U' U, the eigenvalues of S1 S2 beyond zeros are those of the symmetric U S2 U', and
     the trace of the root is the sum of their roots: no matrix root is taken. The pivoted Cholesky
-    factor R has as many columns as S1 has rank, so that fewer images than features are no special
+    factor U has as many rows as S1 has rank, so that fewer images than features are no special
     case. Rounding may leave eigenvalues slightly below zero, where the true ones are zero.
     """
-    factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma1)
-    root = np.zeros((len(sigma1), rank))
-    root[pivots - 1] = np.triu(factor)[:rank].T
-    values = scipy.linalg.eigvalsh(root.T @ sigma2 @ root)
+    u, pivots, rank, _ = scipy.linalg.lapack.dpstrf(sigma1)  # triangular, of the permuted S1
+    u[rank:] = 0
+    order = np.ix_(pivots - 1, pivots - 1)
+    product = dtrmm(1.0, u, dtrmm(1.0, u, sigma2[order]), side=1, trans_a=1)
+    values = scipy.linalg.eigvalsh(product[:rank, :rank])
     cross = np.sqrt(values.clip(min=0)).sum()
     distance = ((mu1 - mu2) ** 2).sum() + np.trace(sigma1) + np.trace(sigma2) - 2 * cross
     return max(float(distance), 0.0)
