@@ -360,8 +360,8 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
         collate_fn=collate, pin_memory=torch.cuda.is_available(),
     )  # fmt: skip
     statistics, stretched = Statistics(net, count), False
-    what = f"{what}, rank 0 of {world}" if world > 1 else what
-    progress = Progress(what, sum(map(len, mine)), silent=rank > 0)
+    share = f"{what}, rank 0 of {world}" if world > 1 else what
+    progress = Progress(share, sum(map(len, mine)), silent=rank > 0)
     for batch, groups in zip(mine, loader, strict=True):
         if isinstance(groups, str):
             raise ValueError(groups)
@@ -403,8 +403,6 @@ def parse_args(argv=None):
     paths = [path for path in (args.samples, args.reference) if path]
     if args.save and args.save.resolve() in [path.resolve() for path in paths]:
         parser.error(f"--save {args.save} would replace what is read")
-    if args.crop and not any(path.is_dir() and not (path / "meta.json").exists() for path in paths):
-        parser.error("--crop is for folders of images")
     args.sides = []
     try:
         for path in paths:
@@ -419,6 +417,8 @@ def parse_args(argv=None):
         args.net = load_inception(args.inception) if args.inception else None
     except (OSError, ValueError) as error:
         parser.error(str(error))
+    if args.crop and not any(isinstance(side, Pictures) and side.files for _, side in args.sides):
+        parser.error("--crop is for folders of images")
     return args
 
 

@@ -27,6 +27,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache
@@ -243,7 +244,8 @@ class DatasetWriter:
                 problem = f"--out {out} holds a dataset that differs in {', '.join(other)}"
                 raise ValueError(f"{problem}; remove it or name another")
         elif (self.out / "images.npy").exists():
-            raise ValueError(f"--out {out} holds another images.npy; remove it or name another")
+            problem = f"--out {out} holds an images.npy without its meta.json"
+            raise ValueError(f"{problem}; remove it or name another")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             needed = math.prod(shape) * np.dtype(meta["dtype"]).itemsize
@@ -594,19 +596,23 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
         print(f"{out} is complete already")
         return
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"--out {out} holds other files; remove it or name another")
+        raise ValueError(f"{out} holds other files; remove it or name another directory")
     # Made aside and renamed as a whole: several runs may start at once where it is missing.
-    writer = DatasetWriter(out.with_name(f"{out.name}.{os.getpid()}"), meta)
-    rng, progress = np.random.default_rng(seed), Progress(out, count)
-    for start in range(0, count, 1000):
-        labels = np.arange(start, min(start + 1000, count)) % 10
-        writer.write(start, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
-        progress(len(labels))
-    writer.finish(show=lambda rows: rows)
+    aside = out.absolute().with_name(f"{out.absolute().name}.{uuid.uuid4().hex[:8]}")
     try:
-        writer.out.rename(out)
-    except OSError:  # another process has been faster
-        shutil.rmtree(writer.out)
+        writer = DatasetWriter(aside, meta)
+        rng, progress = np.random.default_rng(seed), Progress(out, count)
+        for start in range(0, count, 1000):
+            labels = np.arange(start, min(start + 1000, count)) % 10
+            writer.write(start, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
+            progress(len(labels))
+        writer.finish(show=lambda rows: rows)
+        aside.rename(out)
+    except OSError:
+        if not (out / "meta.json").exists():  # else another process has been faster
+            raise
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     describe(out)
 
 
@@ -673,10 +679,11 @@ def to_rgb(image):
     """Any picture as 8-bit RGB; transparency is dropped. ValueError for floating-point pixels."""
     if image.mode == "F":
         raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
+    if image.mode.startswith("I"):  # integers, which convert would clip to 255
         values = np.asarray(image)
-        deep = image.mode != "I" or values.max() > 255
-        image = Image.fromarray((values >> 8 * deep).astype(np.uint8))
+        if image.mode != "I" or values.max() > 255:  # of mode I, only the values tell the depth
+            values = values >> 8
+        image = Image.fromarray(values.astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -743,7 +750,7 @@ def write_folder(args):
         say(f"{args.out} is complete already")
         return
     batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
-    todo = [batch for batch in batches if (writer.labels[batch] == EMPTY).any()]
+    todo = [batch for batch in batches if (writer.labels[batch] < 0).any()]
     if done := count - sum(map(len, todo)):
         say(f"{args.out}: going on, {done:,} of {count:,} pictures are done")
     wait_for_all()  # nobody writes before everybody has seen the same work

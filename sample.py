@@ -138,7 +138,9 @@ def check_settings(path, settings):
         was = {}
     if other := [name for name in settings if name not in was or was[name] != settings[name]]:
         place = path.parent if path.suffix == ".json" else path
-        problem = f"{place} holds pictures of another {', '.join(other)}"
+        problem = f"{place} holds other pictures" + (
+            f", of another {', '.join(other)}" if was else ""
+        )
         sys.exit(f"sample.py: error: {problem}; remove it or name another --out")
 
 

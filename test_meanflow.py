@@ -623,7 +623,7 @@ def test_a_dataset_with_a_row_that_nobody_wrote_is_not_finished(glyphs, tmp_path
     images, labels = prepare_latents.Dataset(tmp_path / "set").__getitems__([0, 1])
     assert (labels.tolist(), images[1].max()) == ([5, 6], 7)
     (tmp_path / "set" / "meta.json").unlink()
-    with pytest.raises(ValueError, match="holds another images"):
+    with pytest.raises(ValueError, match="without its meta"):
         prepare_latents.DatasetWriter(tmp_path / "set", meta)
 
 

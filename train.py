@@ -316,13 +316,13 @@ def main(args):
 
     # Data, and how a global batch divides into micro-batches.
     try:
-        if args.data == GLYPHS and not (Path(GLYPHS, "meta.json").exists() or args.dry_run):
-            if rank == 0:
+        if args.data == GLYPHS and not args.dry_run:
+            if rank == 0 and not Path(GLYPHS, "meta.json").exists():
                 write_glyphs(GLYPHS)
             wait_for_all()
         data = Dataset(args.data)
         meta, count, epoch = data.meta, len(data), data.epoch_length
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         if args.data not in ASSUMED or not args.dry_run:
             fail(f"--data: {error}")
         count, shape, classes = ASSUMED[args.data]
@@ -388,7 +388,7 @@ def main(args):
                 net.load_state_dict(other.state_dict())
         if args.vae:
             vae = load_vae(args.vae).to(device)
-            if meta.get("vae") not in (None, True, vae.fingerprint()):
+            if (meta.get("vae") or True) not in (True, vae.fingerprint()):
                 say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
         if bool(vae) != bool(meta.get("vae")) and (vae or args.fid_every):
             holds, verb = ("latents", "name") if meta.get("vae") else ("pixels", "leave out")
