@@ -7,12 +7,13 @@
 The last stores the latents of 256x256 images by the VAE of Stable Diffusion (arXiv 2112.10752) in
 FILE. The same command again goes on where it was interrupted. A dataset is a directory with
 
-    images.npy   (N, C, H, W) uint8, or for latents (N, 2C, H, W) float16: mean and standard
-                 deviation of the posterior; memory-mapped when read
+    images.npy   (N, C, H, W) uint8, or for latents (N, 2C, H, W) float16 or float32: mean and
+                 standard deviation of the posterior; memory-mapped when read
     labels.npy   (N,) int32; below 0 marks a row without a picture: its file could not be read
     meta.json    format, count N, shape (C, H, W) of the network's x, dtype, scale and shift,
-                 classes (names; empty: unconditional), source, vae (fingerprint of its encoder,
-                 or null), mirrored (whether the second half of the rows mirrors the first)
+                 classes (names; empty: unconditional), source, files (fingerprint of their names),
+                 vae (fingerprint of its encoder, or null), mirrored (whether the second half of the
+                 rows mirrors the first)
     preview.png  a look at the first pictures of up to ten classes
 
 where x = scale * stored + shift, or for latents x = scale * (mean + std * noise). meta.json comes
@@ -80,8 +81,9 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """Tells the default of each flag that has one."""
 
     def _get_help_string(self, action):
-        has_none = action.default is None or action.default is False
-        return action.help if has_none else super()._get_help_string(action)
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 class Progress:
