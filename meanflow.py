@@ -13,6 +13,7 @@ r = t the JVP is multiplied by zero, so it is taken of the last slice alone, and
 static. Nothing in the target needs a gradient, so no graph of it is ever built.
 """
 
+import warnings
 from itertools import pairwise
 
 import torch
@@ -62,6 +63,29 @@ def total_derivative(net, z, r, t, y, v, tangent=(0.0, 1.0)):
         return jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)[1]
 
 
+def value_and_derivative(net, bare, z, r, t, y, v, tangent=(0.0, 1.0)):
+    """u of all samples, with its graph, and du/dt along v, (m, ...), of the last m, without one.
+
+    A DiT gives both at once, its tangents carried along with the forward (model.Dual). Any other
+    network, and one of whose layers refuses, is differentiated by total_derivative.
+    """
+    if len(v) == 0:
+        return net(z, r, t, y).to(v.dtype), v
+    last = slice(len(z) - len(v), len(z))
+    if getattr(bare, "carries_tangents", False):
+        dr, dt = (torch.full_like(t[last], d) for d in tangent)
+        try:
+            u, dudt = net(z, r, t, y, (v, dr, dt))
+            return u.to(v.dtype), dudt.to(v.dtype)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a fork's layer; were it wrong anyhow, that shows below
+            warnings.warn(f"du/dt by the slower torch.func.jvp from here on: {error}", stacklevel=2)
+            bare.carries_tangents = False
+    u = net(z, r, t, y).to(v.dtype)
+    return u, total_derivative(bare, z[last], r[last], t[last], y[last], v, tangent)
+
+
 def target(v, r, t, dudt):
     """u_tgt = v~ - (t - r) du/dt, Eq. 10 and 18."""
     return v - expand(t - r, v) * dudt
@@ -94,29 +118,32 @@ def loss(
     bare = net if bare is None else bare
     eq, neq = slice(0, len(x) - num_neq), slice(len(x) - num_neq, len(x))
     z, v = interpolate(x, e, t)  # (B, C, H, W)
-    u = net(z, r, t, y).to(v.dtype)  # (B, C, H, W)
 
-    if omega != 1 or kappa != 0:
+    guided = omega != 1 or kappa != 0
+    if guided:
         # Needed: u(z, t, t) under the null label for all and, if kappa is not 0, under their own
-        # for all. Of the latter the training forward has just computed the r = t samples'.
+        # for all. Of the latter the training forward computes the r = t samples'.
         extra = neq if kappa else slice(0, 0)
         y_null = torch.full_like(y, null_label)
         z_tt, t_tt, y_tt = (torch.cat([a, b[extra]]) for a, b in ((z, z), (t, t), (y_null, y)))
         with torch.no_grad():
-            u_null, u_extra = bare(z_tt, t_tt, t_tt, y_tt).to(v.dtype).tensor_split([len(x)])
-        u_label = torch.cat([u[eq].detach(), u_extra]) if kappa else 0
+            u_null, u_label = bare(z_tt, t_tt, t_tt, y_tt).to(v.dtype).tensor_split([len(x)])
         inside = (t >= cfg_interval[0]) & (t <= cfg_interval[1]) & (y != null_label)
-        v_guided = guided_velocity(v, u_label, u_null, omega, kappa)
-        v = torch.where(expand(inside, v), v_guided, v)  # (B, C, H, W)
 
-    v_tgt, u_tgt = v[eq], v[neq]
-    if num_neq:
-        dudt = total_derivative(bare, z[neq], r[neq], t[neq], y[neq], v[neq], tangent)
-        u_tgt = target(v[neq], r[neq], t[neq], dudt)
+    def guide(part, u_label):
+        if not guided:
+            return v[part]
+        v_guided = guided_velocity(v[part], u_label, u_null[part], omega, kappa)
+        return torch.where(expand(inside[part], v), v_guided, v[part])
+
+    v_neq = guide(neq, u_label if kappa else 0)  # first, since the JVP goes along it
+    u, dudt = value_and_derivative(net, bare, z, r, t, y, v_neq, tangent)
+    v_eq = guide(eq, u[eq].detach())
     if v_noise is not None:
-        v_tgt = v_tgt + v_noise[eq]
+        v_eq = v_eq + v_noise[eq]
+    u_tgt = torch.cat([v_eq, target(v_neq, r[neq], t[neq], dudt)])  # (B, C, H, W)
 
-    squared_error = (u - torch.cat([v_tgt, u_tgt])).square().flatten(1).sum(1)  # (B,)
+    squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
     losses = weight * adaptive_weight(squared_error, p, c) * squared_error  # (B,)
     return losses.mean(), squared_error.detach() / x[0].numel()
 

@@ -8,10 +8,13 @@ t = 1 is noise, t = 0 is data, and the order of arguments is the paper's: net(z,
     u = net(z, r, t, y)                    # average velocity between r and t, shaped like z
 """
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 # name: depth, width, heads, patch. B to XL: arXiv 2505.13447v1, Tab. 4; S: arXiv 2212.09748.
 CONFIGS = {
@@ -25,6 +28,8 @@ CONFIGS = {
     "XL/2":  (28, 1152, 16, 2),
     "XL/2+": (28, 1152, 16, 2),
 }  # fmt: skip
+
+aten = torch.ops.aten
 
 # What the network sees of (r, t). Whatever it sees, what is trained and differentiated is u as a
 # function of (z, r, t): arXiv 2505.13447v1, Sec. 4.3.
@@ -58,10 +63,10 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        qkv = rearrange(self.qkv(x), "b n (k h d) -> k b h n d", k=3, h=self.heads)
-        q, k, v = qkv  # 3 x (B, heads, N, D / heads)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # (B, N, 3, heads, D / heads)
+        q, k, v = qkv.transpose(1, 3).unbind(2)  # 3 x (B, heads, N, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(x, "b h n d -> b n (h d)"))
+        return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Block(nn.Module):
@@ -108,6 +113,9 @@ class DiT(nn.Module):
     classes the null label is the only one. conditioning: a key of CONDITIONINGS.
     """
 
+    carries_tangents = True  # forward takes a tangent
+    checkpointing = False  # keep a block's input alone for the backward, which runs it again
+
     def __init__(
         self, channels, size, num_classes, depth, width, heads, patch, conditioning="t,t-r"
     ):
@@ -151,17 +159,34 @@ class DiT(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, z, r, t, y):
-        """z: (B, C, H, W); r, t: (B,) in [0, 1], at least float32; y: (B,) int64 -> u like z."""
-        p = self.patch
-        x = rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
-        x = self.patch_embed(x) + self.pos_embed  # (B, N, D)
+    def forward(self, z, r, t, y, tangent=None):
+        """z: (B, C, H, W); r, t: (B,) in [0, 1], at least float32; y: (B,) int64 -> u like z.
+
+        With the tangent (dz, dr, dt) of the last m samples: u and, (m, C, H, W) and without
+        gradient, the derivative of their u along it.
+        """
+        x = self.to_patches(z)  # (B, N, C p p)
         c = self.label_embed(y)  # (B, D)
+        if tangent is not None:
+            dz, dr, dt = tangent
+            x, r, t = Dual(x, self.to_patches(dz)), Dual(r, dr), Dual(t, dt)
+            c = Dual(c, torch.zeros_like(c[-len(dr) :]))
+        x = self.patch_embed(x) + self.pos_embed  # (B, N, D)
         for embed, time in zip(self.time_embed, self.time_variables(r, t), strict=True):
             c = c + embed(time)  # (B, D)
         for block in self.blocks:
-            x = block(x, c)  # (B, N, D)
+            x = checkpointed(block, x, c) if self.checkpointing else block(x, c)  # (B, N, D)
         x = self.final(x, c)  # (B, N, p p C)
+        if tangent is not None:
+            return self.to_picture(x.value), self.to_picture(x.tangent)
+        return self.to_picture(x)
+
+    def to_patches(self, z):
+        p = self.patch
+        return rearrange(z, "b c (h p) (w q) -> b (h w) (c p q)", p=p, q=p)
+
+    def to_picture(self, x):
+        p = self.patch
         return rearrange(x, "b (h w) (p q c) -> b c (h p) (w q)", h=self.size // p, p=p, q=p)
 
 
@@ -187,3 +212,111 @@ def sincos_positions(grid, width):
     line = torch.cat([args.sin(), args.cos()], dim=-1)  # (grid, width / 2)
     column, row = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
     return torch.cat([column, row], dim=-1).float()
+
+
+# ---------------------------------------------------------------------------- tangents
+
+
+class Dual:
+    """A value of a batch, (B, ...), and the tangent of its last m samples, (m, ...).
+
+    torch's functions, and so its modules, take a Dual for a tensor: they compute the value as ever,
+    with its graph, and then the tangent by the function's rule in RULES, without one. That is
+    forward-mode differentiation of m samples alone, and no value is computed twice.
+    NotImplementedError where a function has no rule.
+    """
+
+    def __init__(self, value, tangent):
+        self.value, self.tangent = value, tangent.to(value.dtype)
+        self.dtype, self.device = value.dtype, value.device
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name, kwargs = function.__name__, kwargs or {}
+        if name not in RULES:
+            raise NotImplementedError(f"no rule for the tangent of {name}")
+        y = function(*each(args, lambda a: a.value), **kwargs)
+        with torch.no_grad():
+            last = each(args, lambda a: a.value[-len(a.tangent) :])
+            d = each(args, lambda a: a.tangent, lambda a: 0)
+            dy = RULES[name](d, *last, **kwargs)
+        if isinstance(y, torch.Tensor):
+            return Dual(y, dy.expand(-1, *y.shape[1:]))
+        return tuple(map(Dual, y, dy))
+
+    def __getattr__(self, name):  # x.cos() is torch.cos(x)
+        return partial(getattr(torch, name), self)
+
+    def __getitem__(self, index):
+        return Dual(self.value[index], self.tangent[index])
+
+    def __add__(self, other):
+        return torch.add(self, other)
+
+    def __sub__(self, other):
+        return torch.sub(self, other)
+
+    def __mul__(self, other):
+        return torch.mul(self, other)
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def checkpointed(block, x, c):
+    """block(x, c), of which only the inputs are kept: the backward runs it again."""
+    if not isinstance(x, Dual):
+        return checkpoint(block, x, c, use_reentrant=False)
+
+    def unpacked(x, dx, c, dc):  # since torch.compile lets tensors alone through
+        y = block(Dual(x, dx), Dual(c, dc))
+        return y.value, y.tangent
+
+    args = x.value, x.tangent, c.value, c.tangent
+    return Dual(*checkpoint(unpacked, *args, use_reentrant=False))
+
+
+def each(args, of_dual, of_constant=lambda a: a):
+    """Arguments of a torch function, lists of them too, through one of two functions each."""
+    return [
+        each(a, of_dual, of_constant)
+        if isinstance(a, (list, tuple))
+        else (of_dual if isinstance(a, Dual) else of_constant)(a)
+        for a in args
+    ]
+
+
+def layer_norm_tangent(d, x, shape, weight=None, bias=None, eps=1e-5):
+    _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+    dy = aten.native_layer_norm_backward(d[0], x, shape, mean, rstd, None, None, [True] + 2 * [False])[0]
+    return dy if weight is None else dy * weight
+
+
+def attention_tangent(d, q, k, v):
+    (dq, dk, dv), scale = d, q.shape[-1] ** -0.5
+    p = (scale * q @ k.mT).softmax(-1)  # (m, heads, N, N)
+    p_ds = p * (scale * (dq @ k.mT + q @ dk.mT))
+    return (p_ds - p * p_ds.sum(-1, keepdim=True)) @ v + p @ dv
+
+
+def linear(function):
+    """The rule of a function that is linear in its first argument: applied to the tangent."""
+    return lambda d, x, *args, **kwargs: function(d[0], *args, **kwargs)
+
+
+# function: its tangent, from the tangents d of its arguments (0 of a constant) and the arguments.
+# The Jacobians of SiLU, GELU and normalisation are symmetric, so that their backward functions
+# serve; the attention's matrix is computed anew, since the value may come from flash attention.
+RULES = {
+    "add": lambda d, a, b: d[0] + d[1],
+    "sub": lambda d, a, b: d[0] - d[1],
+    "mul": lambda d, a, b: d[0] * b + a * d[1],
+    "cos": lambda d, x: -x.sin() * d[0],
+    "sin": lambda d, x: x.cos() * d[0],
+    "silu": lambda d, x, inplace=False: aten.silu_backward(d[0], x),
+    "gelu": lambda d, x, approximate="none": aten.gelu_backward(d[0], x, approximate=approximate),
+    "linear": lambda d, x, weight, bias=None: F.linear(d[0], weight),
+    "layer_norm": layer_norm_tangent,
+    "scaled_dot_product_attention": attention_tangent,
+}
+for function in (torch.cat, torch.chunk, torch.unbind, torch.transpose, torch.unflatten, torch.flatten):
+    RULES[function.__name__] = linear(function)
