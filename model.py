@@ -233,13 +233,15 @@ class Dual:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         name, kwargs = function.__name__, kwargs or {}
-        if name not in RULES:
+        if name not in RULES and name not in LINEAR:
             raise NotImplementedError(f"no rule for the tangent of {name}")
         y = function(*each(args, lambda a: a.value), **kwargs)
         with torch.no_grad():
-            last = each(args, lambda a: a.value[-len(a.tangent) :])
-            d = each(args, lambda a: a.tangent, lambda a: 0)
-            dy = RULES[name](d, *last, **kwargs)
+            if name in LINEAR:
+                dy = function(*each(args, lambda a: a.tangent), **kwargs)
+            else:
+                d = each(args, lambda a: a.tangent, lambda a: 0)
+                dy = RULES[name](d, *each(args, lambda a: a.value[-len(a.tangent) :]), **kwargs)
         if isinstance(y, torch.Tensor):
             return Dual(y, dy.expand(-1, *y.shape[1:]))
         return tuple(map(Dual, y, dy))
@@ -287,8 +289,9 @@ def each(args, of_dual, of_constant=lambda a: a):
 
 def layer_norm_tangent(d, x, shape, weight=None, bias=None, eps=1e-5):
     _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
-    dy = aten.native_layer_norm_backward(d[0], x, shape, mean, rstd, None, None, [True] + 2 * [False])[0]
-    return dy if weight is None else dy * weight
+    only_x = (True, False, False)
+    dx = aten.native_layer_norm_backward(d[0], x, shape, mean, rstd, None, None, only_x)[0]
+    return dx if weight is None else dx * weight
 
 
 def attention_tangent(d, q, k, v):
@@ -298,14 +301,9 @@ def attention_tangent(d, q, k, v):
     return (p_ds - p * p_ds.sum(-1, keepdim=True)) @ v + p @ dv
 
 
-def linear(function):
-    """The rule of a function that is linear in its first argument: applied to the tangent."""
-    return lambda d, x, *args, **kwargs: function(d[0], *args, **kwargs)
-
-
-# function: its tangent, from the tangents d of its arguments (0 of a constant) and the arguments.
-# The Jacobians of SiLU, GELU and normalisation are symmetric, so that their backward functions
-# serve; the attention's matrix is computed anew, since the value may come from flash attention.
+# Tangents by the name of the function: from the tangents d of its arguments, 0 for a constant, and
+# the arguments. The Jacobians of SiLU, GELU and the normalisation are symmetric: their backward is
+# their forward derivative. The attention's matrix is computed anew: flash attention keeps none.
 RULES = {
     "add": lambda d, a, b: d[0] + d[1],
     "sub": lambda d, a, b: d[0] - d[1],
@@ -318,5 +316,5 @@ RULES = {
     "layer_norm": layer_norm_tangent,
     "scaled_dot_product_attention": attention_tangent,
 }
-for function in (torch.cat, torch.chunk, torch.unbind, torch.transpose, torch.unflatten, torch.flatten):
-    RULES[function.__name__] = linear(function)
+# Linear in their one argument with a tangent: the function itself, of the tangent.
+LINEAR = {"cat", "chunk", "unbind", "transpose", "unflatten", "flatten"}

@@ -89,8 +89,8 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 class Progress:
     """How far long work is: a line rewritten in place, or in a log file a new one now and then."""
 
-    def __init__(self, what, total, silent=False):
-        self.what, self.total, self.silent, self.done = what, total, silent, 0
+    def __init__(self, what, total, silent=False, of="pictures"):
+        self.what, self.total, self.silent, self.of, self.done = what, total, silent, of, 0
         self.begin, self.shown = time.time(), 0.0
         self.every, self.end = (0.5, "") if sys.stderr.isatty() else (30, "\n")
 
@@ -98,7 +98,7 @@ class Progress:
         self.done, now = self.done + more, time.time()
         if not self.silent and (now - self.shown > self.every or self.done == self.total):
             left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
-            line = f"{self.what}: {self.done:,} of {self.total:,} pictures, {left} left"
+            line = f"{self.what}: {self.done:,} of {self.total:,} {self.of}, {left} left"
             print(f"\r{line} " if not self.end else line, end=self.end, file=sys.stderr, flush=True)
             self.shown = now
             if self.done == self.total and not self.end:

@@ -3,6 +3,7 @@
     python train.py                        the tiny model on the built-in digits: minutes on a CPU
     python train.py --model S/4 --data data/cifar10 --accel minsnr
     torchrun --nproc_per_node=8 train.py --model XL/2 --accel dtd
+    python train.py --model B/4 --batch-size 16 --bench         what a step costs on this machine
 
 Whatever is not given comes from the paper's recipe for the model named. The same command again
 resumes. A run's directory holds last.pt, metrics.jsonl, samples/ and, at the end, progress.png.
@@ -25,8 +26,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from torch._subclasses import FakeTensorMode
+from torch.func import jvp
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import meanflow
@@ -78,7 +82,7 @@ STATS = ("loss", "v_error", "u_error", "grad_norm")
 # cap go by the share of the run that is done. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 MAY_CHANGE |= {"data", "out", "dry_run", "init_from", "vae", "inception", "fid_ref", "fid_every"}
-MAY_CHANGE |= {"fid_num"}
+MAY_CHANGE |= {"fid_num", "activation_checkpointing", "bench"}
 
 GRID_ROWS = 10  # of the pictures in samples/
 
@@ -170,6 +174,115 @@ def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_s
     return {"fid": distance, "inception_score": ours["score"], "fid_samples": num}
 
 
+def textbook_loss(
+    net, x, e, r, t, y, num_neq, weight, bare, null_label, omega, kappa, cfg_interval, tangent, p, c
+):  # fmt: skip
+    """meanflow.loss by Alg. 1 and Eq. 21 of arXiv 2505.13447v1 as they stand, for --bench alone:
+    the JVP, of the whole batch, gives u with its graph, and guidance costs two more forwards."""
+    z, v = meanflow.interpolate(x, e, t)
+    if omega != 1 or kappa != 0:
+        with torch.no_grad():
+            u_null = bare(z, t, t, torch.full_like(y, null_label)).to(v.dtype)
+            u_label = bare(z, t, t, y).to(v.dtype) if kappa else 0
+        inside = (t >= cfg_interval[0]) & (t <= cfg_interval[1]) & (y != null_label)
+        v_guided = meanflow.guided_velocity(v, u_label, u_null, omega, kappa)
+        v = torch.where(meanflow.expand(inside, v), v_guided, v)
+    tangents = v, torch.full_like(r, tangent[0]), torch.full_like(t, tangent[1])
+    with sdpa_kernel(SDPBackend.MATH):
+        u, dudt = jvp(lambda z, r, t: bare(z, r, t, y), (z, r, t), tangents)
+    u_tgt = meanflow.target(v, r, t, dudt.detach())
+    squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
+    losses = weight * meanflow.adaptive_weight(squared_error, p, c) * squared_error  # (B,)
+    return losses.mean(), squared_error.detach() / x[0].numel()
+
+
+def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, loader, say):
+    """Say what a step costs on this machine: loss and gradients of a micro-batch, Adam, EMA.
+
+    The kinds of step run in turn, so that a slow moment of the machine is every kind's, and the
+    median ratio of many rounds is given. On a CPU the time that counts is the process's own, on one
+    thread: other processes lengthen it least.
+    """
+    cuda = device.type == "cuda"
+    if not cuda:
+        torch.set_num_threads(1)
+    x, e = torch.randn(2, micro, *meta["shape"], device=device)
+    y = torch.arange(micro, device=device) % max(net.num_classes, 1)
+    t, r = (times.to(device) for times in sampler(0, micro))
+
+    def step(loss_of, num_neq, omega=1.0, kappa=0.0):
+        r_or_t = torch.cat([t[: micro - num_neq], r[micro - num_neq :]])
+        backward(x, e, r_or_t, t, y, num_neq, 1.0, loss_of=loss_of, omega=omega, kappa=kappa)
+        update()
+
+    def seconds(function):
+        if not cuda:
+            begin = time.process_time()
+            function()
+            return time.process_time() - begin
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        function()
+        torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    steps = {"flow matching": partial(step, meanflow.loss, 0)}
+    for name, guidance in [("MeanFlow", ()), ("guided MeanFlow", (args.omega, args.kappa))]:
+        if name == "MeanFlow" or (net.num_classes and guidance != (1, 0)):
+            steps[name] = partial(step, meanflow.loss, num_neq, *guidance)
+            steps[f"{name}, textbook"] = partial(step, textbook_loss, num_neq, *guidance)
+
+    # What the machine can do; what each step does, and the memory it takes.
+    n = 8192 if cuda else 2048
+    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
+    rate = 2 * n**3 / np.median([seconds(partial(torch.mm, a, b)) for _ in range(10)])
+    del a, b
+    flops, memory = {}, {}
+    for name in list(steps):
+        try:
+            uncompiled = torch.compiler.set_stance("force_eager")  # or the counter saw nothing
+            with uncompiled, FlopCounterMode(display=False) as counter:
+                steps[name]()
+            flops[name] = counter.get_total_flops()
+            for _ in range(2 * cuda):  # the first compiles
+                torch.cuda.reset_peak_memory_stats()
+                steps[name]()
+                memory[name] = torch.cuda.max_memory_allocated()
+        except torch.OutOfMemoryError:
+            say(f"{name}: out of memory")
+            del steps[name]
+    if "flow matching" not in steps:
+        fail(f"not even flow matching fits: lower --micro-batch-size, which is {micro}", code=1)
+
+    times, rounds = {name: [] for name in steps}, 50 if cuda else 7
+    progress = Progress("bench", rounds * len(steps), of="steps")
+    for _ in range(rounds):
+        for name in steps:
+            times[name].append(seconds(steps[name]))
+            progress(1)
+    say(
+        f"{micro} pictures a step, {args.dtype}{' compiled' * args.compile}, median of {rounds}; "
+        f"MFU is of the {rate / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
+        f"{'':26}{'ratio':>7}{'TFLOP':>8}{'MFU':>6}{'pictures/s':>12}{'peak GB':>9}"
+    )
+    for name, taken in times.items():
+        ratio = np.median(np.divide(taken, times["flow matching"]))
+        taken = np.median(taken)
+        say(
+            f"{name:26}{ratio:7.3f}{flops[name] / 1e12:8.3f}{flops[name] / taken / rate:6.0%}"
+            f"{micro / taken:12.4g}" + (f"{memory[name] / 1e9:9.3g}" if cuda else f"{'-':>9}")
+        )
+    if loader:
+        read, begin = 0, None
+        for images, _ in loader:
+            now = time.perf_counter()
+            begin, read = (begin, read + len(images)) if begin else (now, 0)  # workers are up
+            if now > begin + 5:
+                break
+        rate = read / (now - begin)
+        say(f"the loader alone, {loader.num_workers} workers: {rate:.4g} pictures/s")
+
+
 def fail(message, code=2):
     """End with one line on standard error; code 2, argparse's, is for bad input, 1 for a fault."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
@@ -226,6 +339,7 @@ def parse_args(argv=None):
     add("--sample-every", type=count, help="steps between two grids of one-step samples")
     add("--save-every", type=count, help="steps between two checkpoints")
     add("--dry-run", action="store_true", help="print the resolved run and exit")
+    add("--bench", action="store_true", help="measure what a step costs, on noise, and exit")
     add("--vae", help="weights of the VAE, to show and measure pictures instead of latents")
 
     add = parser.add_argument_group("FID during training, of one-step samples").add_argument
@@ -272,6 +386,8 @@ def parse_args(argv=None):
     add("--ema-decay", type=decay, help="of the averaged weights, which are the ones sampled")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; TF32 on GPUs")
     add("--compile", action=switch, default=False, help="torch.compile the network")
+    text = "keep each block's input alone for the backward: less memory, one forward more"
+    add("--activation-checkpointing", action=switch, default=False, help=text)
 
     parser.set_defaults(**PAPER | RECIPES[model], dtype="bfloat16" if bfloat16 else "float32")
     args = parser.parse_args(argv)
@@ -316,18 +432,18 @@ def main(args):
 
     # Data, and how a global batch divides into micro-batches.
     try:
-        if args.data == GLYPHS and not args.dry_run:
+        if args.data == GLYPHS and not (args.dry_run or args.bench):
             if rank == 0 and not Path(GLYPHS, "meta.json").exists():
                 write_glyphs(GLYPHS)
             wait_for_all()
         data = Dataset(args.data)
         meta, count, epoch = data.meta, len(data), data.epoch_length
     except (ValueError, OSError) as error:
-        if args.data not in ASSUMED or not args.dry_run:
+        if args.data not in ASSUMED or not (args.dry_run or args.bench):
             fail(f"--data: {error}")
         count, shape, classes = ASSUMED[args.data]
         meta = dict(shape=shape, classes=range(classes), vae=args.data == IMAGENET)
-        epoch = count
+        data, epoch = None, count
         say(f"note: there is no {args.data} yet; taken to be {count:,} pictures {shape}")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
@@ -344,7 +460,7 @@ def main(args):
     last = out / "last.pt"
     if is_in_file(out):
         fail(f"--out {out} is not a directory, or lies in a file")
-    if last.exists():
+    if last.exists() and not args.bench:
         try:
             saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch.load raises a dozen kinds for a damaged file
@@ -424,6 +540,7 @@ def main(args):
 
     # Its running average, and the optimiser; all of them as the last checkpoint left them.
     net.to(device)
+    net.checkpointing = args.activation_checkpointing
     ema = copy.deepcopy(net).requires_grad_(False)
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
@@ -432,17 +549,17 @@ def main(args):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         del saved
-    if rank == 0:
+    if rank == 0 and not args.bench:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.jsonl", start)
 
     # The ordinary forward and backward go through DDP; the target needs the network itself.
     bare = net
-    if args.compile:  # the JVP still runs uncompiled, as torch.func does with a compiled module
+    if args.compile:
         bare.compile(dynamic=False)
     if world > 1:
         net = DistributedDataParallel(bare, gradient_as_bucket_view=True)
-    loader = torch.utils.data.DataLoader(
+    loader = data and torch.utils.data.DataLoader(
         data,
         batch_sampler=(
             chunk_indices(step, chunk, micro, args.batch_size, count, args.seed)
@@ -453,13 +570,34 @@ def main(args):
         collate_fn=tuple,  # the dataset gives whole batches
         pin_memory=device.type == "cuda",
     )
-    batches = iter(loader)
     omega, kappa = (args.omega, args.kappa) if bare.num_classes else (1.0, 0.0)
     options = dict(
         bare=bare, null_label=bare.null_label, omega=omega, kappa=kappa,
         cfg_interval=args.cfg_interval, tangent=args.tangent, p=args.adaptive_p, c=args.adaptive_c,
     )  # fmt: skip
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+
+    def backward(*batch, loss_of=meanflow.loss, **others):
+        """Adds a micro-batch's share to the gradients; its loss and errors as of meanflow.loss."""
+        with autocast:
+            loss, errors = loss_of(net, *batch, **options | others)
+        (loss / len(chunks)).backward()
+        return loss.detach(), errors
+
+    def update():
+        """A step of Adam and of the running average; the norm of the gradient."""
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        optimizer.step()
+        optimizer.zero_grad()
+        update_ema(list(ema.parameters()), list(bare.parameters()), None)
+        return grad_norm
+
+    if args.bench:
+        sampler = partial(schedules.sample_t_r, quantile=quantile)
+        bench(args, backward, update, sampler, bare, meta, micro, num_neq, device, loader, say)
+        return
+
+    batches = iter(loader)
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
     classes = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
     history, clock = [], time.time()
@@ -533,17 +671,12 @@ def main(args):
             # DDP averages gradients over the ranks in the last backward of a step alone.
             waiting = world > 1 and chunk != chunks[-1]
             with net.no_sync() if waiting else nullcontext():
-                with autocast:
-                    loss, errors = meanflow.loss(net, x, e, r, t, y, num_neq, weight, **options)
-                (loss / len(chunks)).backward()
+                loss, errors = backward(x, e, r, t, y, num_neq, weight)
             v_error = errors[:num_eq].sum() / max(num_eq, 1)
             u_error = errors[num_eq:].sum() / max(num_neq, 1)
-            stats += torch.stack([loss.detach(), v_error, u_error]) / len(chunks)
+            stats += torch.stack([loss, v_error, u_error]) / len(chunks)
 
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
-        optimizer.step()
-        optimizer.zero_grad()
-        update_ema(list(ema.parameters()), list(bare.parameters()), None)
+        grad_norm = update()
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
