@@ -140,7 +140,7 @@ def is_in_file(path):
 
 def to_uint8(x):
     """[-1, 1] to 0 .. 255, truncated as in the papers' evaluation: (B, C, H, W) -> (B, C, H, W)."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
 
 
 def to_image(pixels):

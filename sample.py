@@ -121,6 +121,7 @@ def save_npz(path, parts, shape, settings):
 def settings_of(args):
     """What is drawn, for JSON: kept beside unfinished pictures, and in a finished .npz."""
     names = ("step", "num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size")
+    names += ("dtype",)
     weights = [net and fingerprint(net.state_dict()) for net in (args.net, args.decoder)]
     return {name: vars(args)[name] for name in names} | {"weights": weights}
 
@@ -166,6 +167,8 @@ def parse_args(argv=None):
     add("--velocity", action="store_true", help="Euler on u(z, t, t), the instantaneous velocity")
     add("--seed", type=int, default=0, help="another seed draws other noise")
     add("--batch-size", type=int, default=250, help="pictures at once on a rank")
+    add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
+    add("--compile", action="store_true", help="torch.compile the network and the decoder")
     args = parser.parse_args(argv)
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
@@ -225,12 +228,19 @@ def main(args):
     todo = todo[rank::world]
     wait_for_all()  # nobody saves before everybody has seen the same work
     net, vae = args.net.to(device), args.vae and args.decoder.to(device)
+    if args.compile:
+        net.compile(dynamic=False)
+        if vae:
+            vae.decoder.compile(dynamic=False)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     what = f"{out}, rank 0 of {world}" if world > 1 else out
     progress, background = Progress(what, sum(map(len, todo)), silent=rank > 0), Background()
     for batch in todo:
         labels = args.labels[batch.start : batch.stop]
-        x = draw(net, labels, batch, args.seed, args.nfe, args.velocity)
-        background(save_batch, files_of(batch, args), to_pixels(x, vae, args.meta["scale"]))
+        with autocast:
+            x = draw(net, labels, batch, args.seed, args.nfe, args.velocity)
+            pixels = to_pixels(x, vae, args.meta["scale"])
+        background(save_batch, files_of(batch, args), pixels)
         progress(len(batch))
     background.wait()
     wait_for_all()

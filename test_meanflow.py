@@ -4,6 +4,7 @@ python -m pytest                                             all of it: minutes 
 MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained    how good a finished digit run is
 """
 
+import contextlib
 import copy
 import importlib.util
 import json
@@ -12,6 +13,8 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,11 +26,15 @@ import scipy.linalg
 import scipy.stats
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from PIL import Image
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
@@ -36,7 +43,17 @@ import prepare_latents
 import sample
 import schedules
 import train
-from model import CONDITIONINGS, Block, DiT, FinalLayer, sincos_positions, sinusoids
+from model import (
+    CONDITIONINGS,
+    LINEAR,
+    RULES,
+    Block,
+    DiT,
+    Dual,
+    FinalLayer,
+    sincos_positions,
+    sinusoids,
+)
 
 torch.set_num_threads(1)  # the tensors are tiny
 HERE = Path(__file__).parent
@@ -263,21 +280,228 @@ def test_with_r_equal_t_the_loss_is_flow_matching():
         assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("omega", "kappa", "forwards"), [(1, 0, 3.80), (1, 0.5, 5.05), (2, 0, 4.80)]
-)
-def test_a_step_costs_no_more_than_the_economical_layout_needs(omega, kappa, forwards):
-    """Flow matching costs 3 forwards; on top come the JVP and the guidance of a quarter."""
-    net = DiT(4, 32, 10, depth=2, width=384, heads=6, patch=4)
-    x, e = torch.randn(2, 8, 4, 32, 32)
-    t, r = schedules.sample_t_r(6, 2, LOGNORM)
+class PeakMemory(TorchDispatchMode):
+    """The most bytes that tensors made inside hold at once, also of fake tensors."""
+
+    def __enter__(self):
+        self.held, self.peak = {}, 0
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **kwargs or {})
+        for tensor in tree_leaves(result):
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage and storage._cdata not in self.held:
+                self.held[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.held.pop, storage._cdata)
+        self.peak = max(self.peak, sum(self.held.values()))
+        return result
+
+
+@pytest.mark.parametrize(("model", "more"), [("B/4", 0), ("S/2", 0.05)])
+def test_a_step_costs_no_more_than_its_parts_need(model, more):
+    """In forwards, of which flow matching takes 3, and in memory, of which it takes 1. That fake
+    tensors can do a step shows that none of it waits to see a value: a GPU is never stalled."""
+    with FakeTensorMode():
+        net = DiT.from_config(model, 4, 32, 1000)
+        x, e = torch.randn(2, 16, 4, 32, 32)
+        y = torch.arange(16)
+        pacer = schedules.DTD()
+
+        def cost(num_neq, **guidance):
+            with FlopCounterMode(display=False) as flops, PeakMemory() as memory:
+                t, r = schedules.sample_t_r(16 - num_neq, num_neq, LOGNORM, pacer.mass)
+                options = dict(null_label=1000, **guidance)
+                loss, errors = meanflow.loss(net, x, e, r, t, y, num_neq, 1.0, **options)
+                loss.backward()
+                pacer.update(errors.mean(), 0)
+            net.zero_grad()
+            return flops.get_total_flops(), memory.peak
+
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            net(x, torch.rand(16), torch.rand(16), y)
+        flow_matching, base = cost(0)
+        assert flow_matching / forward.get_total_flops() == pytest.approx(3, abs=0.01)
+        for guidance, forwards in [
+            (dict(), 3.3), (dict(omega=2), 4.3), (dict(kappa=0.5), 4.55), (dict(kappa=0.92), 4.55),
+        ]:  # fmt: skip
+            flops, peak = cost(4, **guidance)
+            assert 3.2 < flops / forward.get_total_flops() <= forwards + more
+            assert peak <= 1.05 * base
+
+
+WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+RULE_CASES = {  # of three values (B, 2, 6, 4)
+    "add": lambda a, b, c: 1 + a + b + WEIGHT[0],
+    "sub": lambda a, b, c: a - b - 1,
+    "mul": lambda a, b, c: 2 * a * b[:, :1] * WEIGHT[0],
+    "cos": lambda a, b, c: a.cos(),
+    "sin": lambda a, b, c: a.sin(),
+    "silu": lambda a, b, c: F.silu(a),
+    "gelu": lambda a, b, c: F.gelu(a, approximate="tanh") + F.gelu(b),
+    "linear": lambda a, b, c: F.linear(a, WEIGHT, WEIGHT[:, 0]) + F.linear(b, WEIGHT),
+    "layer_norm": lambda a, b, c: F.layer_norm(a, (4,), *WEIGHT[:2]) + F.layer_norm(b, (4,)),
+    "scaled_dot_product_attention": F.scaled_dot_product_attention,
+    "cat": lambda a, b, c: torch.cat([a, b, c], dim=2),
+    "chunk": lambda a, b, c: a.chunk(2, -1)[1],
+    "unbind": lambda a, b, c: a.unbind(2)[3],
+    "transpose": lambda a, b, c: a.transpose(1, 3),
+    "unflatten": lambda a, b, c: a.unflatten(-1, (2, 2)),
+    "flatten": lambda a, b, c: a.flatten(2),
+}
+
+
+def test_every_rule_has_a_case():
+    assert set(RULE_CASES) == set(RULES) | LINEAR
+
+
+@pytest.mark.parametrize("name", RULE_CASES)
+def test_each_rule_gives_the_tangent_of_forward_ad(name):
+    function, g = RULE_CASES[name], torch.Generator().manual_seed(0)
+    values = torch.randn(3, 5, 2, 6, 4, generator=g, dtype=torch.float64)
+    tangents = torch.randn(3, 2, 2, 6, 4, generator=g, dtype=torch.float64)
+    ours = function(*map(Dual, values, tangents))
+    with sdpa_kernel(SDPBackend.MATH):
+        value, tangent = torch.func.jvp(function, tuple(values[:, -2:]), tuple(tangents))
+    assert_close(ours.value[-2:], value)
+    assert_close(ours.tangent, tangent, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_tangents_are_carried_along_the_forward(conditioning):
+    net, (x, e, r, t, y, _) = small_dit(conditioning), small_batch()
+    z, v = meanflow.interpolate(x, e, t)
+    last, h = slice(5, 9), 1e-5
+    dr, dt = torch.full_like(r[last], 0.3), torch.full_like(t[last], 0.9)
+    u, dudt = net(z, r, t, y, (v[last], dr, dt))
+    assert_close(u, net(z, r, t, y), rtol=0, atol=0)
+    ahead, behind = (
+        net(z[last] + h * v[last], r[last] + h * dr, t[last] + h * dt, y[last]) for h in (h, -h)
+    )
+    assert (dudt - (ahead - behind) / (2 * h)).abs().max() < 1e-7 * dudt.abs().max()
+    by_jvp = meanflow.total_derivative(net, z, r, t, y, v, (0.3, 0.9))[last]
+    assert_close(dudt, by_jvp, rtol=1e-11, atol=1e-13)
+    assert u.requires_grad
+    assert not dudt.requires_grad
+
+
+class ConvNet(nn.Module):
+    """No DiT and no Dual: group norms, convolutions, and the times added to the features."""
+
+    num_classes = 3
+
+    def __init__(self):
+        super().__init__()
+        self.times, self.labels = nn.Linear(2, 8), nn.Embedding(4, 8)
+        self.first, self.last = nn.Conv2d(2, 8, 3, padding=1), nn.Conv2d(8, 2, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 8)
+
+    def forward(self, z, r, t, y):
+        c = self.times(torch.stack([r, t], 1)) + self.labels(y)
+        return self.last(torch.tanh(self.norm(self.first(z)) + c[:, :, None, None]))
+
+
+class Unruly(nn.Module):
+    """In a block's place, what a fork may write: functions without a rule, sizes, einops."""
+
+    def __init__(self, block):
+        super().__init__()
+        self.block, self.norm = block, nn.RMSNorm(16, dtype=torch.float64)
+
+    def forward(self, x, c):
+        x = rearrange(self.norm(x), "b (h w) d -> b h w d", h=2)
+        return self.block(torch.tanh(x.reshape(x.shape[0], 4, 16)), c)
+
+
+def fork_of_dit():
+    net = small_dit()
+    net.blocks[1] = Unruly(net.blocks[1])
+    return net
+
+
+@pytest.mark.parametrize(("make", "warning"), [(lambda: ConvNet().double(), 0), (fork_of_dit, 1)])
+def test_a_network_that_carries_no_tangents_trains_like_the_textbook(make, warning):
+    torch.manual_seed(0)
+    net, (x, e, r, t, y, weight) = make(), small_batch(6, 4)
+    options = dict(omega=0.7, kappa=0.5, cfg_interval=(0, 1), p=0.75, c=0.01)
+    for expected_warnings in (warning, 0):  # which is given once
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss, errors = meanflow.loss(net, x, e, r, t, y, 4, weight, null_label=3, **options)
+        assert len([w for w in caught if "torch.func.jvp" in str(w.message)]) == expected_warnings
+        expected, expected_errors = textbook_loss(net, x, e, r, t, y, weight, **options)
+        assert_close(errors, expected_errors, rtol=1e-11, atol=0)
+        for ours, theirs in zip(gradients(net, loss), gradients(net, expected), strict=True):
+            assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpointing):
+    """Compiled in one graph: a break in it would be an error."""
+    net, batch = small_dit(), small_batch(12, 8)
+    options = dict(omega=0.2, kappa=0.92, cfg_interval=(0.2, 0.8), p=0.75, c=0.01)
+    expected = gradients(net, textbook_loss(net, *batch, **options)[0])
+    net.checkpointing = checkpointing
+    if compiled:
+        net, batch = net.float(), [a.float() if a.is_floating_point() else a for a in batch]
+        net.compile(fullgraph=True, dynamic=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "du/dt")
+        loss, _ = meanflow.loss(net, *batch[:5], 8, batch[5], null_label=3, **options)
+    scale = max(g.abs().max() for g in expected)
+    for ours, theirs in zip(gradients(net, loss), expected, strict=True):
+        error = (ours.double() - theirs).abs().max() / scale
+        assert error < (1e-5 if compiled else 1e-14)
+
+
+def distributed_gradients(rank, folder):
+    """One of two processes: its halves of two micro-batches, through DDP."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    bare = small_dit()
+    net = nn.parallel.DistributedDataParallel(bare)
+    options = dict(bare=bare, null_label=3, omega=0.2, kappa=0.92, p=0.75, c=0.01)
+    for chunk in range(2):
+        x, e, r, t, y, weight = small_batch(6, 4, seed=2 * chunk + rank)
+        with net.no_sync() if chunk == 0 else contextlib.nullcontext():
+            loss, _ = meanflow.loss(net, x, e, r, t, y, 4, weight, **options)
+            (loss / 2).backward()
+    torch.save([p.grad for p in bare.parameters() if p.requires_grad], f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path):
+    torch.multiprocessing.spawn(distributed_gradients, (tmp_path,), nprocs=2)
+    net = small_dit()
+    batches = zip(*(small_batch(6, 4, seed=seed) for seed in range(4)), strict=True)
+    options = dict(omega=0.2, kappa=0.92, cfg_interval=(0, 1), p=0.75, c=0.01)
+    loss, _ = textbook_loss(net, *map(torch.cat, batches), **options)
+    expected = gradients(net, loss)
+    for rank in range(2):
+        for ours, theirs in zip(torch.load(tmp_path / f"{rank}.pt"), expected, strict=True):
+            assert_close(ours, theirs, rtol=1e-10, atol=1e-13)
+
+
+def test_the_derivative_in_bfloat16_is_as_precise_as_the_velocity():
+    torch.manual_seed(0)
+    net = DiT.from_config("S/4", 4, 32, 10)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter, std=0.03)
+    z, v = torch.randn(2, 8, 4, 32, 32)
+    t, r = schedules.sample_t_r(0, 8, LOGNORM)
     y = torch.arange(8)
-    with FlopCounterMode(display=False) as forward, torch.no_grad():
-        net(x, r, t, y)
-    with FlopCounterMode(display=False) as step:
-        options = dict(null_label=10, omega=omega, kappa=kappa)
-        meanflow.loss(net, x, e, r, t, y, 2, 1.0, **options)[0].backward()
-    assert 3 < step.get_total_flops() / forward.get_total_flops() < forwards
+    tangent = v, torch.zeros_like(r), torch.ones_like(t)
+    z64, r64, t64, *tangent64 = (a.double() for a in (z, r, t, *tangent))
+    exact = copy.deepcopy(net).double()(z64, r64, t64, y, tangent64)
+    for bfloat16, bound in [(False, 1e-6), (True, 1e-2)]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            ours = net(z, r, t, y, tangent)
+        pairs = zip(ours, exact, strict=True)
+        of_u, of_dudt = (((a - b).norm() / b.norm()).item() for a, b in pairs)
+        print(f"bfloat16 {bfloat16}: relative error of u {of_u:.1e}, of du/dt {of_dudt:.1e}")
+        assert of_u < bound
+        assert of_dudt < 2 * bound
 
 
 def test_the_v_noise_reaches_the_targets_with_r_equal_t_alone():

@@ -135,8 +135,9 @@ def save_progress(samples, path, rows=10):
 def memory_plan(net, micro, dtype):
     """(bytes of a rank that stay, bytes of activations kept for the backward, bytes of last.pt).
 
-    Counted from the shapes of a network of fake tensors; the JVP and the kernels need some on top.
+    Counted from the shapes of a network of fake tensors; the kernels need some on top.
     """
+    checkpointing, net.checkpointing = net.checkpointing, False
     weights = sum(p.numel() for p in net.parameters() if p.requires_grad)
     own = {p.untyped_storage()._cdata for p in net.parameters()}
     kept = {}
@@ -152,8 +153,12 @@ def memory_plan(net, micro, dtype):
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         u = net(z, t, t, torch.empty(micro, dtype=torch.long))
     assert u.requires_grad  # holds the graph, and with it what is kept, up to here
+    activations = sum(kept.values())
+    if checkpointing:  # the input of every block in float32, and one block run again
+        depth = len(net.blocks)
+        activations = activations // depth + depth * micro * net.pos_embed.numel() * 4
     # In float32: weights, gradients, two moments of Adam, EMA; all but the gradients are saved.
-    return weights * 4 * 5, sum(kept.values()), weights * 4 * 4
+    return weights * 4 * 5, activations, weights * 4 * 4
 
 
 @torch.no_grad()
@@ -494,6 +499,7 @@ def main(args):
     try:
         with FakeTensorMode() if args.dry_run else nullcontext():
             net = build_network(args.model, meta, args.conditioning)
+            net.checkpointing = args.activation_checkpointing
             plan = memory_plan(net, micro, args.dtype) if args.dry_run else None
         if args.init_from and not saved:
             other, was = load_checkpoint(args.init_from)
@@ -540,7 +546,6 @@ def main(args):
 
     # Its running average, and the optimiser; all of them as the last checkpoint left them.
     net.to(device)
-    net.checkpointing = args.activation_checkpointing
     ema = copy.deepcopy(net).requires_grad_(False)
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
