@@ -220,22 +220,22 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
         backward(x, e, r_or_t, t, y, num_neq, 1.0, loss_of=loss_of, omega=omega, kappa=kappa)
         update()
 
+    clock = time.perf_counter if cuda else time.process_time
+    finish = torch.cuda.synchronize if cuda else lambda: None
+
     def seconds(function):
-        if not cuda:
-            begin = time.process_time()
-            function()
-            return time.process_time() - begin
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
+        finish()
+        begin = clock()
         function()
-        torch.cuda.synchronize()
-        return time.perf_counter() - begin
+        finish()
+        return clock() - begin
 
     steps = {"flow matching": partial(step, meanflow.loss, 0)}
     for name, guidance in [("MeanFlow", ()), ("guided MeanFlow", (args.omega, args.kappa))]:
         if name == "MeanFlow" or (net.num_classes and guidance != (1, 0)):
             steps[name] = partial(step, meanflow.loss, num_neq, *guidance)
-            steps[f"{name}, textbook"] = partial(step, textbook_loss, num_neq, *guidance)
+            if not args.activation_checkpointing:  # torch: not in a JVP with a graph
+                steps[f"{name}, textbook"] = partial(step, textbook_loss, num_neq, *guidance)
 
     # What the machine can do; what each step does, and the memory it takes.
     n = 8192 if cuda else 2048
@@ -249,7 +249,9 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
             with uncompiled, FlopCounterMode(display=False) as counter:
                 steps[name]()
             flops[name] = counter.get_total_flops()
-            for _ in range(2 * cuda):  # the first compiles
+            if args.compile:
+                steps[name]()
+            if cuda:
                 torch.cuda.reset_peak_memory_stats()
                 steps[name]()
                 memory[name] = torch.cuda.max_memory_allocated()
@@ -265,8 +267,9 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
         for name in steps:
             times[name].append(seconds(steps[name]))
             progress(1)
+    compiled = ", compiled but for the textbook's JVP" * args.compile
     say(
-        f"{micro} pictures a step, {args.dtype}{' compiled' * args.compile}, median of {rounds}; "
+        f"{micro} pictures a step, {args.dtype}{compiled}, median of {rounds} rounds; "
         f"MFU is of the {rate / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
         f"{'':26}{'ratio':>7}{'TFLOP':>8}{'MFU':>6}{'pictures/s':>12}{'peak GB':>9}"
     )
@@ -277,15 +280,16 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
             f"{name:26}{ratio:7.3f}{flops[name] / 1e12:8.3f}{flops[name] / taken / rate:6.0%}"
             f"{micro / taken:12.4g}" + (f"{memory[name] / 1e9:9.3g}" if cuda else f"{'-':>9}")
         )
-    if loader:
+    if loader is not None:
         read, begin = 0, None
         for images, _ in loader:
             now = time.perf_counter()
             begin, read = (begin, read + len(images)) if begin else (now, 0)  # workers are up
             if now > begin + 5:
                 break
-        rate = read / (now - begin)
-        say(f"the loader alone, {loader.num_workers} workers: {rate:.4g} pictures/s")
+        if read:
+            rate = read / (now - begin)
+            say(f"the loader alone, {loader.num_workers} workers: {rate:.4g} pictures/s")
 
 
 def fail(message, code=2):
