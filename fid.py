@@ -32,6 +32,7 @@ from prepare_latents import (
     default_workers,
     image_files,
     join_ranks,
+    leave_ranks,
     load_strictly,
     load_weights,
     read_image,
@@ -449,5 +450,4 @@ if __name__ == "__main__":
         main(parse_args())
     except (ValueError, OSError) as error:  # a picture that cannot be read, a full disk
         sys.exit(f"fid.py: error: {error}")
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()

@@ -67,6 +67,14 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):
     return rank, world, device
 
 
+def leave_ranks():
+    """Ends what join_ranks began, with all ranks together: gloo's thread aborts a process that ends
+    while it still frees a tensor of the last exchange, and torchrun then ends the others."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def default_workers():
     """Processes that decode images for a rank: its share of the cores, at most 8."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
@@ -831,5 +839,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()

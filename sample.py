@@ -20,7 +20,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from einops import rearrange
 from PIL import Image
 
@@ -33,6 +32,7 @@ from prepare_latents import (
     fingerprint,
     is_in_file,
     join_ranks,
+    leave_ranks,
     load_vae,
     replace_file,
     save_grid,
@@ -260,5 +260,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()

@@ -42,6 +42,7 @@ from prepare_latents import (
     Progress,
     is_in_file,
     join_ranks,
+    leave_ranks,
     load_vae,
     network_input,
     replace_file,
@@ -700,5 +701,4 @@ def main(args):
 
 if __name__ == "__main__":
     main(parse_args())
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    leave_ranks()
