@@ -1170,6 +1170,16 @@ def test_bfloat16_trains_almost_like_float32(glyphs, tmp_path):
         assert 0 < abs(rows[0][name] / rows[1][name] - 1) < 0.01
 
 
+def test_compiled_or_checkpointed_a_run_ends_with_the_same_weights(glyphs, tmp_path):
+    flags = ["--steps", 2, "--warmup", 0, "--lr", 1e-3]
+    plain, *others = (
+        run(glyphs, tmp_path / str(i), *flags, *more)["net"]
+        for i, more in enumerate([[], ["--compile"], ["--activation-checkpointing"]])
+    )
+    for other in others:
+        assert_close(other, plain, rtol=0, atol=2e-5)
+
+
 def test_a_run_starts_from_the_weights_it_is_given(glyphs, tmp_path, capsys):
     given = run(glyphs, tmp_path / "given", "--steps", 3, "--ema-decay", 0.5)
     flags = ("--init-from", tmp_path / "given" / "last.pt", "--steps", 1, "--lr", 1e-12)
@@ -1236,6 +1246,51 @@ def test_the_memory_plan_counts_what_a_step_keeps_and_a_checkpoint_holds(glyphs,
         u = net(z, t, t, torch.zeros(8, dtype=torch.long))
     held = sum(event.self_cpu_memory_usage for event in allocated.key_averages())
     assert activations == pytest.approx(held - 4 * u.numel(), rel=0.1)  # the rest is freed by then
+
+
+def test_checkpointing_saves_the_memory_that_the_plan_says():
+    plans, peaks = [], []
+    with train.FakeTensorMode():
+        net = DiT.from_config("S/2", 4, 32, 10)
+        x, e = torch.randn(2, 256, 4, 32, 32)
+        t, r = schedules.sample_t_r(192, 64, LOGNORM)
+        for net.checkpointing in (False, True):
+            plans.append(train.memory_plan(net, 256, "float32")[1])
+            with PeakMemory() as memory:
+                loss, _ = meanflow.loss(net, x, e, r, t, torch.zeros(256).long(), 64, 1.0)
+                loss.backward()
+            peaks.append(memory.peak)
+            net.zero_grad()
+    assert plans[0] > 7 * plans[1]
+    assert peaks == pytest.approx(plans, rel=0.3)  # tangents and gradients come on top
+
+
+@pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
+def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsys, flags):
+    argv = ["--bench", "--data", glyphs, "--out", tmp_path / "none", "--batch-size", 8, *flags]
+    train.main(train.parse_args(list(map(str, argv))))
+    rows = capsys.readouterr().out.splitlines()
+    rows = {row[:26].strip(): row[26:].split() for row in rows if row.endswith(" -")}
+    tflop = {name: float(row[0]) * float(row[3]) for name, row in rows.items()}  # any is > 0
+    assert all(value > 0 for value in tflop.values())
+    assert float(rows["flow matching"][0]) == 1
+    assert float(rows["MeanFlow"][0]) < float(rows["guided MeanFlow"][0])
+    if "--activation-checkpointing" not in flags:
+        assert float(rows["MeanFlow"][0]) < float(rows["MeanFlow, textbook"][0])
+        assert float(rows["guided MeanFlow"][0]) < float(rows["guided MeanFlow, textbook"][0])
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(("omega", "kappa"), [(1, 0), (2, 0), (0.2, 0.92)])
+def test_the_textbook_that_the_bench_compares_with_is_the_textbook(omega, kappa):
+    net, (x, e, r, t, y, weight) = small_dit(), small_batch(6, 4)
+    options = dict(omega=omega, kappa=kappa, cfg_interval=(0.2, 0.8), p=0.75, c=0.01)
+    more = dict(bare=net, null_label=3, tangent=(0.0, 1.0))
+    loss, errors = train.textbook_loss(net, x, e, r, t, y, 4, weight, **more, **options)
+    expected, expected_errors = textbook_loss(net, x, e, r, t, y, weight, **options)
+    assert_close(errors, expected_errors)
+    for ours, theirs in zip(gradients(net, loss), gradients(net, expected), strict=True):
+        assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("accel", ["none", "minsnr", "dtd"])
@@ -1373,6 +1428,10 @@ def test_a_picture_depends_on_its_seed_and_index_alone(glyphs, tmp_path):
     assert grid.shape == (6 * 64, 2 * 64)
     for name, flags in [("d.npz", ["--nfe", "4"]), ("e.npz", ["--nfe", "4", "--velocity"])]:
         assert (np.load(draw(name, *flags))["arr_0"] != whole).any()
+    for name, flag, most in [("f.npz", ["--compile"], 1), ("g.npz", ["--dtype", "bfloat16"], 8)]:
+        faster = np.load(draw(name, *flag))["arr_0"].astype(int)
+        assert np.abs(faster - whole).max() <= most
+    assert (faster != whole).any()
     before = (tmp_path / "d.npz").stat().st_mtime_ns
     draw("d.npz", "--nfe", "4")  # again: nothing is left to do
     for name, flags in [("d.npz", ["--nfe", "3"]), ("pictures", ["--seed", "1"])]:

@@ -153,6 +153,7 @@ def memory_plan(net, micro, dtype):
     autocast = torch.autocast("cpu", torch.bfloat16, enabled=dtype == "bfloat16")
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), autocast:
         u = net(z, t, t, torch.empty(micro, dtype=torch.long))
+    net.checkpointing = checkpointing
     assert u.requires_grad  # holds the graph, and with it what is kept, up to here
     activations = sum(kept.values())
     if checkpointing:  # the input of every block in float32, and one block run again
