@@ -221,9 +221,9 @@ class Dual:
     """A value of a batch, (B, ...), and the tangent of its last m samples, (m, ...).
 
     torch's functions, and so its modules, take a Dual for a tensor: they compute the value as ever,
-    with its graph, and then the tangent by the function's rule in RULES, without one. That is
-    forward-mode differentiation of m samples alone, and no value is computed twice.
-    NotImplementedError where a function has no rule.
+    with its graph, and the tangent by the function's rule in RULES, without one. That is
+    forward-mode differentiation of m samples alone, and no value is computed twice. A function that
+    has no rule raises, and so does anything that a tensor knows and a Dual does not.
     """
 
     def __init__(self, value, tangent):
@@ -235,13 +235,13 @@ class Dual:
         name, kwargs = function.__name__, kwargs or {}
         if name not in RULES and name not in LINEAR:
             raise NotImplementedError(f"no rule for the tangent of {name}")
-        y = function(*each(args, lambda a: a.value), **kwargs)
-        with torch.no_grad():
+        with torch.no_grad():  # the tangent first, as the function may work in place
             if name in LINEAR:
-                dy = function(*each(args, lambda a: a.tangent), **kwargs)
+                dy = function(*each(args, lambda a: a.tangent, zero), **kwargs)
             else:
                 d = each(args, lambda a: a.tangent, lambda a: 0)
                 dy = RULES[name](d, *each(args, lambda a: a.value[-len(a.tangent) :]), **kwargs)
+        y = function(*each(args, lambda a: a.value), **kwargs)
         if isinstance(y, torch.Tensor):
             return Dual(y, dy.expand(-1, *y.shape[1:]))
         return tuple(map(Dual, y, dy))
@@ -250,6 +250,8 @@ class Dual:
         return partial(getattr(torch, name), self)
 
     def __getitem__(self, index):
+        if not isinstance(index, tuple) or index[0] != slice(None):
+            raise NotImplementedError("no tangent of a part of the batch")
         return Dual(self.value[index], self.tangent[index])
 
     def __add__(self, other):
@@ -285,6 +287,11 @@ def each(args, of_dual, of_constant=lambda a: a):
         else (of_dual if isinstance(a, Dual) else of_constant)(a)
         for a in args
     ]
+
+
+def zero(a):
+    """The tangent of a constant; what is no tensor stays as it is."""
+    return torch.zeros_like(a) if isinstance(a, torch.Tensor) else a
 
 
 def layer_norm_tangent(d, x, shape, weight=None, bias=None, eps=1e-5):

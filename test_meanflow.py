@@ -337,7 +337,7 @@ RULE_CASES = {  # of three values (B, 2, 6, 4)
     "mul": lambda a, b, c: 2 * a * b[:, :1] * WEIGHT[0],
     "cos": lambda a, b, c: a.cos(),
     "sin": lambda a, b, c: a.sin(),
-    "silu": lambda a, b, c: F.silu(a),
+    "silu": lambda a, b, c: F.silu(a) + F.silu(b + c, inplace=True),
     "gelu": lambda a, b, c: F.gelu(a, approximate="tanh") + F.gelu(b),
     "linear": lambda a, b, c: F.linear(a, WEIGHT, WEIGHT[:, 0]) + F.linear(b, WEIGHT),
     "layer_norm": lambda a, b, c: F.layer_norm(a, (4,), *WEIGHT[:2]) + F.layer_norm(b, (4,)),
@@ -455,11 +455,11 @@ def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpoin
         assert error < (1e-5 if compiled else 1e-14)
 
 
-def distributed_gradients(rank, folder):
+def distributed_gradients(rank, folder, make):
     """One of two processes: its halves of two micro-batches, through DDP."""
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    bare = small_dit()
+    bare = make()
     net = nn.parallel.DistributedDataParallel(bare)
     options = dict(bare=bare, null_label=3, omega=0.2, kappa=0.92, p=0.75, c=0.01)
     for chunk in range(2):
@@ -468,12 +468,13 @@ def distributed_gradients(rank, folder):
             loss, _ = meanflow.loss(net, x, e, r, t, y, 4, weight, **options)
             (loss / 2).backward()
     torch.save([p.grad for p in bare.parameters() if p.requires_grad], f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    prepare_latents.leave_ranks()
 
 
-def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path):
-    torch.multiprocessing.spawn(distributed_gradients, (tmp_path,), nprocs=2)
-    net = small_dit()
+@pytest.mark.parametrize("make", [small_dit, fork_of_dit])
+def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path, make):
+    torch.multiprocessing.spawn(distributed_gradients, (tmp_path, make), nprocs=2)
+    net = make()
     batches = zip(*(small_batch(6, 4, seed=seed) for seed in range(4)), strict=True)
     options = dict(omega=0.2, kappa=0.92, cfg_interval=(0, 1), p=0.75, c=0.01)
     loss, _ = textbook_loss(net, *map(torch.cat, batches), **options)
