@@ -58,9 +58,11 @@ def total_derivative(net, z, r, t, y, v, tangent=(0.0, 1.0)):
     """
     dr, dt = tangent
     tangents = (v, torch.full_like(r, dr), torch.full_like(t, dt))
-    # Of scaled_dot_product_attention's backends, MATH alone has forward-mode derivatives.
+    # A JVP of a compiled module would not be compiled, and would spoil what is: hence forward. Of
+    # scaled_dot_product_attention's backends, MATH alone has forward-mode derivatives.
+    forward = getattr(net, "forward", net)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        return jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)[1]
+        return jvp(lambda z, r, t: forward(z, r, t, y), (z, r, t), tangents)[1]
 
 
 def value_and_derivative(net, bare, z, r, t, y, v, tangent=(0.0, 1.0)):
@@ -79,8 +81,10 @@ def value_and_derivative(net, bare, z, r, t, y, v, tangent=(0.0, 1.0)):
             return u.to(v.dtype), dudt.to(v.dtype)
         except torch.OutOfMemoryError:
             raise
-        except Exception as error:  # a fork's layer; were it wrong anyhow, that shows below
-            warnings.warn(f"du/dt by the slower torch.func.jvp from here on: {error}", stacklevel=2)
+        except (NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
+            # A layer of a fork: were it wrong without a Dual, too, that shows below.
+            why = f"{type(error).__name__}: {error}"
+            warnings.warn(f"du/dt by the slower torch.func.jvp from here on; {why}", stacklevel=2)
             bare.carries_tangents = False
     u = net(z, r, t, y).to(v.dtype)
     return u, total_derivative(bare, z[last], r[last], t[last], y[last], v, tangent)

@@ -235,6 +235,8 @@ class Dual:
         name, kwargs = function.__name__, kwargs or {}
         if name not in RULES and name not in LINEAR:
             raise NotImplementedError(f"no rule for the tangent of {name}")
+        if any(isinstance(a, Dual) for a in kwargs.values()):
+            raise NotImplementedError(f"a Dual as a named argument of {name}")
         with torch.no_grad():  # the tangent first, as the function may work in place
             if name in LINEAR:
                 dy = function(*each(args, lambda a: a.tangent, zero), **kwargs)
@@ -243,16 +245,25 @@ class Dual:
                 dy = RULES[name](d, *each(args, lambda a: a.value[-len(a.tangent) :]), **kwargs)
         y = function(*each(args, lambda a: a.value), **kwargs)
         if isinstance(y, torch.Tensor):
-            return Dual(y, dy.expand(-1, *y.shape[1:]))
-        return tuple(map(Dual, y, dy))
+            result = Dual(y, dy.expand(-1, *y.shape[1:]))
+        else:
+            result = tuple(map(Dual, y, dy))
+        sizes = []
+        each([*args, result], lambda a: sizes.append((len(a.value), len(a.tangent))))
+        if len(set(sizes)) > 1:
+            raise NotImplementedError(f"{name} does not leave the batch as it is")
+        return result
 
     def __getattr__(self, name):  # x.cos() is torch.cos(x)
         return partial(getattr(torch, name), self)
 
     def __getitem__(self, index):
         if not isinstance(index, tuple) or index[0] != slice(None):
-            raise NotImplementedError("no tangent of a part of the batch")
+            raise NotImplementedError("a part of the batch")
         return Dual(self.value[index], self.tangent[index])
+
+    def __eq__(self, other):
+        raise NotImplementedError("a comparison of a Dual")
 
     def __add__(self, other):
         return torch.add(self, other)

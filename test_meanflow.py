@@ -301,7 +301,7 @@ class PeakMemory(TorchDispatchMode):
 @pytest.mark.parametrize(("model", "more"), [("B/4", 0), ("S/2", 0.05)])
 def test_a_step_costs_no_more_than_its_parts_need(model, more):
     """In forwards, of which flow matching takes 3, and in memory, of which it takes 1. That fake
-    tensors can do a step shows that none of it waits to see a value: a GPU is never stalled."""
+    tensors can do it shows that neither loss nor curriculum waits to see a value on a GPU."""
     with FakeTensorMode():
         net = DiT.from_config(model, 4, 32, 1000)
         x, e = torch.randn(2, 16, 4, 32, 32)
@@ -309,7 +309,9 @@ def test_a_step_costs_no_more_than_its_parts_need(model, more):
         pacer = schedules.DTD()
 
         def cost(num_neq, **guidance):
-            with FlopCounterMode(display=False) as flops, PeakMemory() as memory:
+            # MATH, since the counter does not know the attention of a CPU's other backend.
+            attention = sdpa_kernel(SDPBackend.MATH)
+            with attention, FlopCounterMode(display=False) as flops, PeakMemory() as memory:
                 t, r = schedules.sample_t_r(16 - num_neq, num_neq, LOGNORM, pacer.mass)
                 options = dict(null_label=1000, **guidance)
                 loss, errors = meanflow.loss(net, x, e, r, t, y, num_neq, 1.0, **options)
@@ -318,7 +320,8 @@ def test_a_step_costs_no_more_than_its_parts_need(model, more):
             net.zero_grad()
             return flops.get_total_flops(), memory.peak
 
-        with FlopCounterMode(display=False) as forward, torch.no_grad():
+        forward = FlopCounterMode(display=False)
+        with sdpa_kernel(SDPBackend.MATH), forward, torch.no_grad():
             net(x, torch.rand(16), torch.rand(16), y)
         flow_matching, base = cost(0)
         assert flow_matching / forward.get_total_flops() == pytest.approx(3, abs=0.01)
@@ -401,26 +404,74 @@ class ConvNet(nn.Module):
         return self.last(torch.tanh(self.norm(self.first(z)) + c[:, :, None, None]))
 
 
-class Unruly(nn.Module):
-    """In a block's place, what a fork may write: functions without a rule, sizes, einops."""
+class Fork(nn.Module):
+    """A block that changes its input first, as a fork may."""
 
-    def __init__(self, block):
+    def __init__(self, block, change):
         super().__init__()
-        self.block, self.norm = block, nn.RMSNorm(16, dtype=torch.float64)
+        self.block, self.change = block, change
 
     def forward(self, x, c):
-        x = rearrange(self.norm(x), "b (h w) d -> b h w d", h=2)
-        return self.block(torch.tanh(x.reshape(x.shape[0], 4, 16)), c)
+        return self.block(self.change(x), c)
 
 
-def fork_of_dit():
+def fork_of_dit(change=torch.tanh):
     net = small_dit()
-    net.blocks[1] = Unruly(net.blocks[1])
+    net.blocks[1] = Fork(net.blocks[1], change)
     return net
 
 
+def silu_of_half_the_batch(x):
+    a, b = x.chunk(2)
+    return torch.cat([F.silu(a), b], 0)
+
+
+def with_a_constant_token(x):
+    return torch.cat([torch.ones(10, 1, 16).double(), x], 1)[:, :4]
+
+
+FORKS = [
+    lambda: ConvNet().double(),
+    fork_of_dit,
+    *(
+        partial(fork_of_dit, change)
+        for change in (
+            nn.RMSNorm(16, dtype=torch.float64),
+            lambda x: rearrange(x, "b n (h d) -> b n (d h)", h=2),
+            lambda x: x.reshape(x.shape[0], -1).view(-1, 4, 16),
+            lambda x: F.silu(x * 1, inplace=True),
+            lambda x: x.transpose(0, 1).transpose(0, 1),
+            lambda x: x + x * (x == x),
+        )
+    ),
+]
+OF_TEN_SAMPLES = [  # and no other number of them
+    partial(fork_of_dit, change)
+    for change in (
+        lambda x: x * torch.linspace(1, 2, 10).double()[:, None, None],
+        with_a_constant_token,
+        silu_of_half_the_batch,
+    )
+]
+
+
+@pytest.mark.filterwarnings("ignore:du/dt by the slower")
+@pytest.mark.parametrize(
+    ("make", "num_neq"),
+    [*((make, m) for make in FORKS for m in (1, 4, 10)), *((make, 10) for make in OF_TEN_SAMPLES)],
+)
+def test_whatever_a_fork_changes_it_trains_like_the_textbook(make, num_neq):
+    torch.manual_seed(0)
+    net, (x, e, r, t, y, weight) = make(), small_batch(10 - num_neq, num_neq)
+    options = dict(omega=1, kappa=0, cfg_interval=(0, 1), p=0.75, c=0.01)
+    loss, _ = meanflow.loss(net, x, e, r, t, y, num_neq, weight, null_label=3, **options)
+    expected, _ = textbook_loss(net, x, e, r, t, y, weight, **options)
+    for ours, theirs in zip(gradients(net, loss), gradients(net, expected), strict=True):
+        assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("make", "warning"), [(lambda: ConvNet().double(), 0), (fork_of_dit, 1)])
-def test_a_network_that_carries_no_tangents_trains_like_the_textbook(make, warning):
+def test_a_network_that_carries_no_tangents_says_so_once(make, warning):
     torch.manual_seed(0)
     net, (x, e, r, t, y, weight) = make(), small_batch(6, 4)
     options = dict(omega=0.7, kappa=0.5, cfg_interval=(0, 1), p=0.75, c=0.01)
@@ -449,6 +500,16 @@ def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpoin
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "du/dt")
         loss, _ = meanflow.loss(net, *batch[:5], 8, batch[5], null_label=3, **options)
+    if compiled:  # which a JVP of the same network must not undo
+        stats = torch._dynamo.utils.counters["stats"]
+        before = stats["unique_graphs"], stats["calls_captured"]
+        x, e, r, t, y, weight = batch
+        meanflow.total_derivative(net, x, r, t, y, e)
+        more = dict(bare=net, null_label=3, tangent=(0.0, 1.0))
+        train.textbook_loss(net, *batch[:5], 8, weight, **options, **more)
+        loss, _ = meanflow.loss(net, *batch[:5], 8, weight, null_label=3, **options)
+        assert stats["calls_captured"] < 1.5 * before[1]
+        print(before, stats)
     scale = max(g.abs().max() for g in expected)
     for ours, theirs in zip(gradients(net, loss), expected, strict=True):
         error = (ours.double() - theirs).abs().max() / scale
@@ -1172,11 +1233,13 @@ def test_bfloat16_trains_almost_like_float32(glyphs, tmp_path):
 
 
 def test_compiled_or_checkpointed_a_run_ends_with_the_same_weights(glyphs, tmp_path):
-    flags = ["--steps", 2, "--warmup", 0, "--lr", 1e-3]
-    plain, *others = (
-        run(glyphs, tmp_path / str(i), *flags, *more)["net"]
-        for i, more in enumerate([[], ["--compile"], ["--activation-checkpointing"]])
-    )
+    flags = ["--steps", 5, "--warmup", 0, "--lr", 1e-3]  # until the gates have opened
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "du/dt")
+        plain, *others = (
+            run(glyphs, tmp_path / str(i), *flags, *more)["net"]
+            for i, more in enumerate([[], ["--compile"], ["--activation-checkpointing"]])
+        )
     for other in others:
         assert_close(other, plain, rtol=0, atol=2e-5)
 
@@ -1238,7 +1301,7 @@ def test_a_dry_run_of_a_named_model_is_the_papers_run(tmp_path, monkeypatch, cap
 def test_the_memory_plan_counts_what_a_step_keeps_and_a_checkpoint_holds(glyphs, tmp_path):
     with train.FakeTensorMode():
         net = DiT.from_config("tiny", 1, 16, 10)
-        _, activations, disk = train.memory_plan(net, 8, "float32")
+        _, activations, disk = train.memory_plan(net, 8, 2, "float32")
     run(glyphs, tmp_path, "--steps", 1)
     assert (tmp_path / "last.pt").stat().st_size == pytest.approx(disk, rel=0.02)
     net = DiT.from_config("tiny", 1, 16, 10)
@@ -1254,16 +1317,16 @@ def test_checkpointing_saves_the_memory_that_the_plan_says():
     with train.FakeTensorMode():
         net = DiT.from_config("S/2", 4, 32, 10)
         x, e = torch.randn(2, 256, 4, 32, 32)
-        t, r = schedules.sample_t_r(192, 64, LOGNORM)
-        for net.checkpointing in (False, True):
-            plans.append(train.memory_plan(net, 256, "float32")[1])
+        for net.checkpointing, num_neq in [(False, 64), (True, 64), (True, 256)]:
+            t, r = schedules.sample_t_r(256 - num_neq, num_neq, LOGNORM)
+            plans.append(train.memory_plan(net, 256, num_neq, "float32")[1])
             with PeakMemory() as memory:
-                loss, _ = meanflow.loss(net, x, e, r, t, torch.zeros(256).long(), 64, 1.0)
+                loss, _ = meanflow.loss(net, x, e, r, t, torch.zeros(256).long(), num_neq, 1.0)
                 loss.backward()
             peaks.append(memory.peak)
             net.zero_grad()
-    assert plans[0] > 7 * plans[1]
-    assert peaks == pytest.approx(plans, rel=0.3)  # tangents and gradients come on top
+    assert plans[0] > 6 * plans[1]
+    assert peaks == pytest.approx(plans, rel=0.25)  # some gradients come on top
 
 
 @pytest.mark.parametrize("flags", [[], ["--activation-checkpointing"]])
@@ -1272,13 +1335,17 @@ def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsy
     train.main(train.parse_args(list(map(str, argv))))
     rows = capsys.readouterr().out.splitlines()
     rows = {row[:26].strip(): row[26:].split() for row in rows if row.endswith(" -")}
-    tflop = {name: float(row[0]) * float(row[3]) for name, row in rows.items()}  # any is > 0
-    assert all(value > 0 for value in tflop.values())
-    assert float(rows["flow matching"][0]) == 1
-    assert float(rows["MeanFlow"][0]) < float(rows["guided MeanFlow"][0])
+    ratio = {name: float(row[0]) for name, row in rows.items()}
+    flops = {name: float(row[1]) / float(rows["flow matching"][1]) for name, row in rows.items()}
+    assert ratio["flow matching"] == 1
+    assert 1 < ratio["MeanFlow"] < ratio["guided MeanFlow"]
+    assert 1 < flops["MeanFlow"] < 1.2
+    assert 1.4 < flops["guided MeanFlow"] < 1.6
+    assert all(0 < float(row[2].rstrip("%")) < 130 for row in rows.values())
     if "--activation-checkpointing" not in flags:
-        assert float(rows["MeanFlow"][0]) < float(rows["MeanFlow, textbook"][0])
-        assert float(rows["guided MeanFlow"][0]) < float(rows["guided MeanFlow, textbook"][0])
+        assert flops["MeanFlow, textbook"] > 1.6
+        assert flops["guided MeanFlow, textbook"] > 2.2
+        assert ratio["guided MeanFlow"] < ratio["guided MeanFlow, textbook"]
     assert not (tmp_path / "none").exists()
 
 

@@ -133,7 +133,7 @@ def save_progress(samples, path, rows=10):
     picture.save(path)
 
 
-def memory_plan(net, micro, dtype):
+def memory_plan(net, micro, num_neq, dtype):
     """(bytes of a rank that stay, bytes of activations kept for the backward, bytes of last.pt).
 
     Counted from the shapes of a network of fake tensors; the kernels need some on top.
@@ -156,9 +156,9 @@ def memory_plan(net, micro, dtype):
     net.checkpointing = checkpointing
     assert u.requires_grad  # holds the graph, and with it what is kept, up to here
     activations = sum(kept.values())
-    if checkpointing:  # the input of every block in float32, and one block run again
-        depth = len(net.blocks)
-        activations = activations // depth + depth * micro * net.pos_embed.numel() * 4
+    if checkpointing:  # every block's input and its tangent in float32, and one block run again
+        depth, inputs = len(net.blocks), (micro + num_neq) * net.pos_embed.numel() * 4
+        activations = activations // depth + depth * inputs
     # In float32: weights, gradients, two moments of Adam, EMA; all but the gradients are saved.
     return weights * 4 * 5, activations, weights * 4 * 4
 
@@ -196,7 +196,7 @@ def textbook_loss(
         v = torch.where(meanflow.expand(inside, v), v_guided, v)
     tangents = v, torch.full_like(r, tangent[0]), torch.full_like(t, tangent[1])
     with sdpa_kernel(SDPBackend.MATH):
-        u, dudt = jvp(lambda z, r, t: bare(z, r, t, y), (z, r, t), tangents)
+        u, dudt = jvp(lambda z, r, t: bare.forward(z, r, t, y), (z, r, t), tangents)
     u_tgt = meanflow.target(v, r, t, dudt.detach())
     squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
     losses = weight * meanflow.adaptive_weight(squared_error, p, c) * squared_error  # (B,)
@@ -222,15 +222,16 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
         backward(x, e, r_or_t, t, y, num_neq, 1.0, loss_of=loss_of, omega=omega, kappa=kappa)
         update()
 
-    clock = time.perf_counter if cuda else time.process_time
+    clock, repeat = (time.perf_counter, 10) if cuda else (time.process_time, 1)
     finish = torch.cuda.synchronize if cuda else lambda: None
 
     def seconds(function):
         finish()
         begin = clock()
-        function()
+        for _ in range(repeat):  # so that a GPU's queue is never empty, as in training
+            function()
         finish()
-        return clock() - begin
+        return (clock() - begin) / repeat
 
     steps = {"flow matching": partial(step, meanflow.loss, 0)}
     for name, guidance in [("MeanFlow", ()), ("guided MeanFlow", (args.omega, args.kappa))]:
@@ -239,48 +240,48 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
             if not args.activation_checkpointing:  # torch: not in a JVP with a graph
                 steps[f"{name}, textbook"] = partial(step, textbook_loss, num_neq, *guidance)
 
-    # What the machine can do; what each step does, and the memory it takes.
-    n = 8192 if cuda else 2048
-    a, b = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
-    rate = 2 * n**3 / np.median([seconds(partial(torch.mm, a, b)) for _ in range(10)])
-    del a, b
+    # What each step does, and the memory it takes. The counter sees neither a compiled graph nor
+    # every backend's attention.
     flops, memory = {}, {}
     for name in list(steps):
         try:
-            uncompiled = torch.compiler.set_stance("force_eager")  # or the counter saw nothing
-            with uncompiled, FlopCounterMode(display=False) as counter:
+            for _ in range(1 + args.compile):  # the first compiles
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
                 steps[name]()
-            flops[name] = counter.get_total_flops()
-            if args.compile:
+            memory[name] = f"{torch.cuda.max_memory_allocated() / 1e9:.3g}" if cuda else "-"
+            flops[name], uncompiled = FlopCounterMode(display=False), torch.compiler.set_stance
+            with uncompiled("force_eager"), sdpa_kernel(SDPBackend.MATH), flops[name]:
                 steps[name]()
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-                steps[name]()
-                memory[name] = torch.cuda.max_memory_allocated()
         except torch.OutOfMemoryError:
             say(f"{name}: out of memory")
             del steps[name]
     if "flow matching" not in steps:
         fail(f"not even flow matching fits: lower --micro-batch-size, which is {micro}", code=1)
 
-    times, rounds = {name: [] for name in steps}, 50 if cuda else 7
-    progress = Progress("bench", rounds * len(steps), of="steps")
+    # How long they take, and a large matrix product beside them, for what the machine can do.
+    n = 8192 if cuda else 2048
+    product = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
+    timed = steps | {"product": lambda: torch.mm(*product)}
+    times, rounds = {name: [] for name in timed}, 10 if cuda else 7
+    progress = Progress("bench", rounds, of="rounds")
     for _ in range(rounds):
-        for name in steps:
-            times[name].append(seconds(steps[name]))
-            progress(1)
+        for name, function in timed.items():
+            times[name].append(seconds(function))
+        progress(1)
+    rate = 2 * n**3 / np.median(times.pop("product"))
     compiled = ", compiled but for the textbook's JVP" * args.compile
     say(
         f"{micro} pictures a step, {args.dtype}{compiled}, median of {rounds} rounds; "
         f"MFU is of the {rate / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
-        f"{'':26}{'ratio':>7}{'TFLOP':>8}{'MFU':>6}{'pictures/s':>12}{'peak GB':>9}"
+        f"{'':26}{'ratio':>7}{'TFLOP':>10}{'MFU':>6}{'pictures/s':>12}{'peak GB':>9}"
     )
     for name, taken in times.items():
         ratio = np.median(np.divide(taken, times["flow matching"]))
-        taken = np.median(taken)
+        taken, done = np.median(taken), flops[name].get_total_flops()
         say(
-            f"{name:26}{ratio:7.3f}{flops[name] / 1e12:8.3f}{flops[name] / taken / rate:6.0%}"
-            f"{micro / taken:12.4g}" + (f"{memory[name] / 1e9:9.3g}" if cuda else f"{'-':>9}")
+            f"{name:26}{ratio:7.3f}{done / 1e12:10.3g}{done / taken / rate:6.0%}"
+            f"{micro / taken:12.4g}{memory[name]:>9}"
         )
     if loader is not None:
         read, begin = 0, None
@@ -397,7 +398,7 @@ def parse_args(argv=None):
     add("--ema-decay", type=decay, help="of the averaged weights, which are the ones sampled")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; TF32 on GPUs")
     add("--compile", action=switch, default=False, help="torch.compile the network")
-    text = "keep each block's input alone for the backward: less memory, one forward more"
+    text = "keep each block's input alone and run it again for the backward, to save memory"
     add("--activation-checkpointing", action=switch, default=False, help=text)
 
     parser.set_defaults(**PAPER | RECIPES[model], dtype="bfloat16" if bfloat16 else "float32")
@@ -456,6 +457,8 @@ def main(args):
         meta = dict(shape=shape, classes=range(classes), vae=args.data == IMAGENET)
         data, epoch = None, count
         say(f"note: there is no {args.data} yet; taken to be {count:,} pictures {shape}")
+    if args.bench and world > 1:
+        fail("--bench measures one device: start it without torchrun")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
         fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x --micro-batch-size")
@@ -506,7 +509,7 @@ def main(args):
         with FakeTensorMode() if args.dry_run else nullcontext():
             net = build_network(args.model, meta, args.conditioning)
             net.checkpointing = args.activation_checkpointing
-            plan = memory_plan(net, micro, args.dtype) if args.dry_run else None
+            plan = memory_plan(net, micro, num_neq, args.dtype) if args.dry_run else None
         if args.init_from and not saved:
             other, was = load_checkpoint(args.init_from)
             for name in ("model", "conditioning"):
