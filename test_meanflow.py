@@ -502,14 +502,13 @@ def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpoin
         loss, _ = meanflow.loss(net, *batch[:5], 8, batch[5], null_label=3, **options)
     if compiled:  # which a JVP of the same network must not undo
         stats = torch._dynamo.utils.counters["stats"]
-        before = stats["unique_graphs"], stats["calls_captured"]
+        before = stats["unique_graphs"]
         x, e, r, t, y, weight = batch
         meanflow.total_derivative(net, x, r, t, y, e)
         more = dict(bare=net, null_label=3, tangent=(0.0, 1.0))
         train.textbook_loss(net, *batch[:5], 8, weight, **options, **more)
         loss, _ = meanflow.loss(net, *batch[:5], 8, weight, null_label=3, **options)
-        assert stats["calls_captured"] < 1.5 * before[1]
-        print(before, stats)
+        assert stats["unique_graphs"] == before + 1  # the textbook's guidance, of another size
     scale = max(g.abs().max() for g in expected)
     for ours, theirs in zip(gradients(net, loss), expected, strict=True):
         error = (ours.double() - theirs).abs().max() / scale
