@@ -69,7 +69,7 @@ def value_and_derivative(net, bare, z, r, t, y, v, tangent=(0.0, 1.0)):
     """u of all samples, with its graph, and du/dt along v, (m, ...), of the last m, without one.
 
     A DiT gives both at once, its tangents carried along with the forward (model.Dual). Any other
-    network, and one of whose layers refuses, is differentiated by total_derivative.
+    network is differentiated by total_derivative, and so is from then on one that has refused.
     """
     if len(v) == 0:
         return net(z, r, t, y).to(v.dtype), v
@@ -83,7 +83,7 @@ def value_and_derivative(net, bare, z, r, t, y, v, tangent=(0.0, 1.0)):
             raise
         except (NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
             # A layer of a fork: were it wrong without a Dual, too, that shows below.
-            why = f"{type(error).__name__}: {error}"
+            why = f"{type(error).__name__}: {error}; see RULES in model.py"
             warnings.warn(f"du/dt by the slower torch.func.jvp from here on; {why}", stacklevel=2)
             bare.carries_tangents = False
     u = net(z, r, t, y).to(v.dtype)
@@ -112,7 +112,8 @@ def loss(
     x, e: (B, C, H, W) data and noise; r, t: (B,); y: (B,) labels, of which some may be null_label.
     weight: (B,) alpha(t) of the r = t samples, beta(t - r) of the others. It multiplies the loss
     after the adaptive weight, which would otherwise cancel it (arXiv 2511.19065v1, App. B).
-    net runs once, with a graph; bare is the same network without its DDP wrapper, for the target.
+    net runs once, with a graph; bare is the same network without its DDP wrapper, for guidance, and
+    for du/dt where it carries no tangents.
     omega, kappa: guidance, in force where t is in cfg_interval and the label is not null.
     v_noise: like x, added to the target of the r = t samples to corrupt it.
 

@@ -26,10 +26,8 @@ CONFIGS = {
     "M/2":   (16, 1024, 16, 2),
     "L/2":   (24, 1024, 16, 2),
     "XL/2":  (28, 1152, 16, 2),
-    "XL/2+": (28, 1152, 16, 2),
+    "XL/2+": (28, 1152, 16, 2),  # the same network; the recipe is its own
 }  # fmt: skip
-
-aten = torch.ops.aten
 
 # What the network sees of (r, t). Whatever it sees, what is trained and differentiated is u as a
 # function of (z, r, t): arXiv 2505.13447v1, Sec. 4.3.
@@ -113,8 +111,8 @@ class DiT(nn.Module):
     classes the null label is the only one. conditioning: a key of CONDITIONINGS.
     """
 
-    carries_tangents = True  # forward takes a tangent
-    checkpointing = False  # keep a block's input alone for the backward, which runs it again
+    carries_tangents = True  # forward takes a tangent, see Dual below
+    checkpointing = False  # keep only each block's input for the backward, which runs it again
 
     def __init__(
         self, channels, size, num_classes, depth, width, heads, patch, conditioning="t,t-r"
@@ -216,14 +214,16 @@ def sincos_positions(grid, width):
 
 # ---------------------------------------------------------------------------- tangents
 
+aten = torch.ops.aten
+
 
 class Dual:
     """A value of a batch, (B, ...), and the tangent of its last m samples, (m, ...).
 
     torch's functions, and so its modules, take a Dual for a tensor: they compute the value as ever,
     with its graph, and the tangent by the function's rule in RULES, without one. That is
-    forward-mode differentiation of m samples alone, and no value is computed twice. A function that
-    has no rule raises, and so does anything that a tensor knows and a Dual does not.
+    forward-mode differentiation of m samples alone, and no layer runs twice. A function that has no
+    rule raises, and so does anything that a tensor knows and a Dual does not.
     """
 
     def __init__(self, value, tangent):
@@ -255,7 +255,9 @@ class Dual:
         return result
 
     def __getattr__(self, name):  # x.cos() is torch.cos(x)
-        return partial(getattr(torch, name), self)
+        if not callable(function := getattr(torch, name, None)):
+            raise AttributeError(f"a Dual has no {name}")
+        return partial(function, self)
 
     def __getitem__(self, index):
         if not isinstance(index, tuple) or index[0] != slice(None):
@@ -264,6 +266,9 @@ class Dual:
 
     def __eq__(self, other):
         raise NotImplementedError("a comparison of a Dual")
+
+    def __bool__(self):
+        raise NotImplementedError("a Dual as a condition")
 
     def __add__(self, other):
         return torch.add(self, other)
@@ -291,7 +296,8 @@ def checkpointed(block, x, c):
 
 
 def each(args, of_dual, of_constant=lambda a: a):
-    """Arguments of a torch function, lists of them too, through one of two functions each."""
+    """The arguments of a torch function, lists of them too: each Dual through of_dual, the others
+    through of_constant."""
     return [
         each(a, of_dual, of_constant)
         if isinstance(a, (list, tuple))
@@ -301,7 +307,7 @@ def each(args, of_dual, of_constant=lambda a: a):
 
 
 def zero(a):
-    """The tangent of a constant; what is no tensor stays as it is."""
+    """The tangent of a constant, where a function is linear; what is no tensor stays as it is."""
     return torch.zeros_like(a) if isinstance(a, torch.Tensor) else a
 
 

@@ -237,7 +237,7 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
     for name, guidance in [("MeanFlow", ()), ("guided MeanFlow", (args.omega, args.kappa))]:
         if name == "MeanFlow" or (net.num_classes and guidance != (1, 0)):
             steps[name] = partial(step, meanflow.loss, num_neq, *guidance)
-            if not args.activation_checkpointing:  # torch: not in a JVP with a graph
+            if not args.activation_checkpointing:  # torch cannot, under a JVP with a graph
                 steps[f"{name}, textbook"] = partial(step, textbook_loss, num_neq, *guidance)
 
     # What each step does, and the memory it takes. The counter sees neither a compiled graph nor
@@ -270,9 +270,11 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
             times[name].append(seconds(function))
         progress(1)
     rate = 2 * n**3 / np.median(times.pop("product"))
-    compiled = ", compiled but for the textbook's JVP" * args.compile
+    how = "" if cuda else ", process time of one thread"
+    how += ", compiled but for the textbook's JVP" * args.compile
+    how += ", checkpointed, which the textbook's cannot be" * args.activation_checkpointing
     say(
-        f"{micro} pictures a step, {args.dtype}{compiled}, median of {rounds} rounds; "
+        f"{micro} pictures a step, {args.dtype}{how}, median of {rounds} rounds; "
         f"MFU is of the {rate / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
         f"{'':26}{'ratio':>7}{'TFLOP':>10}{'MFU':>6}{'pictures/s':>12}{'peak GB':>9}"
     )
@@ -415,6 +417,8 @@ def parse_args(argv=None):
     for wrong, message in [
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
         (lo >= hi, "--cfg-interval LO HI needs LO below HI; --omega 1 --kappa 0 is no guidance"),
+        (args.bench and args.dry_run, "--bench and --dry-run exclude each other"),
+        (args.bench and no_neq, "--bench compares steps with r < t; --r-neq-t 0 leaves none"),
         (gap_lo >= gap_hi, "--gap LO HI needs LO below HI"),
         (args.gap and no_neq, "--gap is of samples with r < t; --r-neq-t 0 leaves none"),
         (
@@ -461,7 +465,8 @@ def main(args):
         fail("--bench measures one device: start it without torchrun")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
-        fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x --micro-batch-size")
+        parts = f"{world} ranks x --micro-batch-size {micro}"
+        fail(f"--batch-size {args.batch_size} is no multiple of {parts}")
     chunks = range(rank, args.batch_size // micro, world)  # this rank's micro-batches of a step
     num_neq = round(micro * args.r_neq_t)  # samples with r < t in a micro-batch, its last
     num_eq = micro - num_neq
