@@ -1213,14 +1213,57 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
             ema[name] = 0.7 * ema[name] + 0.3 * value
         equal = batch[2] == batch[3]
         pacer.update(errors[equal].mean(), step)
-        for name, value in [
-            ("loss", loss), ("v_error", errors[equal].mean()), ("u_error", errors[~equal].mean()),
-        ]:  # fmt: skip
+        expected = {
+            "loss": loss, "v_error": errors[equal].mean(), "u_error": errors[~equal].mean(),
+        }  # fmt: skip
+        gap = batch[3] - batch[2]
+        for lo, hi in train.GAPS:
+            if (inside := (lo <= gap) & (gap < hi)).any():
+                expected[f"u_error_{lo}-{hi}"] = errors[inside].mean()
+        assert {name for name in rows[step] if "error" in name} == set(expected) - {"loss"}
+        for name, value in expected.items():
             assert rows[step][name] == pytest.approx(value.item(), rel=1e-4)
     assert_close(state["net"], net.state_dict(), rtol=0, atol=1e-5)
     assert_close(state["ema"], ema, rtol=0, atol=1e-5)
     if a["accel"] == "dtd":
         assert_close(state["pacer"], pacer.state_dict(), rtol=1e-4, atol=0)
+
+
+def test_watching_the_affinity_leaves_the_training_as_it_was(glyphs, tmp_path):
+    flags = ["--steps", 4, "--warmup", 0, "--micro-batch-size", 4, "--log-every", 2]
+    watched = run(glyphs, tmp_path / "a", *flags, "--affinity-every", 2)
+    alone = run(glyphs, tmp_path / "b", *flags)
+    assert_close(watched["net"], alone["net"], rtol=0, atol=0)
+    assert_close(watched["ema"], alone["ema"], rtol=0, atol=0)
+    for row, plain in zip(metrics(tmp_path / "a"), metrics(tmp_path / "b"), strict=True):
+        names = [name for name in row if name.startswith("affinity")]
+        assert {name: row[name] for name in plain} == plain | {
+            "images_per_second": row["images_per_second"]
+        }
+        assert names in ([f"affinity_{lo}-{hi}" for lo, hi in train.GAPS], [])
+        assert all(-1 < row[name] < 1 for name in names)
+
+
+def test_the_affinity_is_the_cosine_of_two_gradients():
+    net, (x, e, _, _, y, _) = small_dit().float(), small_batch(6, 2)
+    x, e = x.float(), e.float()
+    gaps = [schedules.time_pairs(LOGNORM, gap).float() for gap in train.GAPS]
+    options = dict(null_label=3, omega=0.7, kappa=0.5)
+    losses, g = partial(meanflow.loss, **options), torch.Generator().manual_seed(7)
+    ours = train.affinity(net, losses, x, e, y, LOGNORM, gaps, g)
+    assert all(p.grad is None for p in net.parameters())
+
+    g.manual_seed(7)
+    options |= dict(cfg_interval=(0, 1), p=1, c=1e-3)
+    del options["null_label"]
+    t, r = schedules.sample_t_r(8, 0, LOGNORM, generator=g)
+    vectors = [gradients(net, textbook_loss(net, x, e, r, t, y, 1, **options)[0])]
+    for pairs in gaps:
+        t, r = schedules.sample_t_r(0, 8, LOGNORM, pairs=pairs, generator=g)
+        vectors.append(gradients(net, textbook_loss(net, x, e, r, t, y, 1, **options)[0]))
+    of_v, *of_u = (np.concatenate([g.flatten().numpy() for g in vector]) for vector in vectors)
+    for value, u in zip(ours.tolist(), of_u, strict=True):
+        assert value == pytest.approx(u @ of_v / np.linalg.norm(u) / np.linalg.norm(of_v), abs=1e-5)
 
 
 def test_bfloat16_trains_almost_like_float32(glyphs, tmp_path):

@@ -77,13 +77,16 @@ RECIPES = {name: {} for name in CONFIGS} | {
 
 # Logged for every interval: the loss, the unweighted squared error per dimension of samples with
 # r = t and with r < t, and the norm of the gradient.
-STATS = ("loss", "v_error", "u_error", "grad_norm")
+STATS = ("grad_norm", "loss", "v_error", "u_error")
 
 # Flags that may differ when a run is resumed. Another length is a user's own choice: beta and DTD's
 # cap go by the share of the run that is done. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 MAY_CHANGE |= {"data", "out", "dry_run", "init_from", "vae", "inception", "fid_ref", "fid_every"}
-MAY_CHANGE |= {"fid_num", "activation_checkpointing", "bench"}
+MAY_CHANGE |= {"affinity_every", "fid_num", "activation_checkpointing", "bench"}
+
+# Ranges of the gap t - r in which errors and affinities are given: arXiv 2511.19065v1, Sec. 4.2.
+GAPS = (0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9)
 
 GRID_ROWS = 10  # of the pictures in samples/
 
@@ -179,6 +182,29 @@ def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_s
     if rank == 0:
         distance = fid.frechet_distance(*(s[k] for s in (ours, reference) for k in ("mu", "sigma")))
     return {"fid": distance, "inception_score": ours["score"], "fid_samples": num}
+
+
+def affinity(net, losses, x, e, y, quantile, gaps, generator):
+    """Cosine of the gradient of the r = t loss with that of the r < t loss in each range of gaps,
+    arXiv 2511.19065v1, Sec. 4.3: (len(gaps),). gaps: `schedules.time_pairs` of each.
+    losses: of meanflow.loss, its options given. Leaves the gradients in .grad alone.
+    """
+    trained, n = [p for p in net.parameters() if p.requires_grad], len(x)
+
+    def gradient(num_neq, pairs=None):
+        t, r = schedules.sample_t_r(n - num_neq, num_neq, quantile, 1.0, pairs, generator)
+        loss, _ = losses(net, x, e, r, t, y, num_neq, 1.0)
+        return torch.autograd.grad(loss, trained)
+
+    def dot(a, b):
+        return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
+
+    of_v = gradient(0)
+    cosines = []
+    for pairs in gaps:
+        of_u = gradient(n, pairs)
+        cosines.append(dot(of_u, of_v) / (dot(of_u, of_u) * dot(of_v, of_v)).sqrt())
+    return torch.stack(cosines)
 
 
 def textbook_loss(
@@ -352,6 +378,7 @@ def parse_args(argv=None):
     add("--log-every", type=count, help="steps between two lines of metrics")
     add("--sample-every", type=count, help="steps between two grids of one-step samples")
     add("--save-every", type=count, help="steps between two checkpoints")
+    add("--affinity-every", type=count, help="steps between two measurements of task affinity")
     add("--dry-run", action="store_true", help="print the resolved run and exit")
     add("--bench", action="store_true", help="measure what a step costs, on noise, and exit")
     add("--vae", help="weights of the VAE, to show and measure pictures instead of latents")
@@ -619,7 +646,9 @@ def main(args):
     batches = iter(loader)
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
     classes = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
-    history, clock = [], time.time()
+    history, affinities, clock = [], [], time.time()
+    edges = torch.tensor([*(lo for lo, _ in GAPS), GAPS[-1][1]], device=device)
+    gap_ranges = [schedules.time_pairs(quantile, gap).float().to(device) for gap in GAPS]
 
     for step in range(start, steps + 1):
         ended = step == steps
@@ -633,7 +662,8 @@ def main(args):
             if len(bad):
                 fault = step - len(rows) + bad[0].item()
                 fail(f"loss or gradient not finite at step {fault}; {last} is kept", code=1)
-            row = zip(STATS, rows.mean(0).tolist(), (1, num_eq, num_neq, 1), strict=True)
+            means, (sums, counts) = rows[:, :4].mean(0), rows[:, 4:].sum(0).view(2, len(GAPS))
+            row = zip(STATS, means.tolist(), (1, 1, num_eq, num_neq), strict=True)
             row = {name: value for name, value, samples in row if samples}
             row["lr"] = optimizer.param_groups[0]["lr"]
             if args.progressive:
@@ -644,10 +674,17 @@ def main(args):
             left = timedelta(seconds=int((steps - step) * args.batch_size / rate))
             shown = "  ".join(f"{name} {value:.4g}" for name, value in row.items())
             say(f"step {step:,}/{steps:,}  {shown}  {left} left")
+            by_gap = {"u_error": (sums / counts).tolist()}
+            if affinities:
+                by_gap["affinity"] = torch.stack(affinities).mean(0).tolist()
+            for name, values in by_gap.items():
+                named = zip(GAPS, values, strict=True)
+                row |= {f"{name}_{lo}-{hi}": a for (lo, hi), a in named if math.isfinite(a)}
             if rank == 0:
                 with open(out / "metrics.jsonl", "a") as file:
                     file.write(json.dumps({"step": step} | row) + "\n")
             history.clear()
+            affinities.clear()
         if rank == 0 and (ended or step % args.sample_every == 0):
             pixels = to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
             save_grid(pixels, out / "samples" / f"{step:08d}.png", columns=len(classes))
@@ -669,7 +706,7 @@ def main(args):
 
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
-        stats = torch.zeros(3, device=device)
+        stats = torch.zeros(3 + 2 * len(GAPS), device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
@@ -684,16 +721,27 @@ def main(args):
             if args.progressive:
                 beta = schedules.beta((t - r)[num_eq:], s, lam)
             weight = torch.cat([alpha, beta])  # (B,)
-            if args.v_noise:
-                options["v_noise"] = meanflow.corruption(e - x, args.v_noise, generator)
+            noise = meanflow.corruption(e - x, args.v_noise, generator) if args.v_noise else None
 
             # DDP averages gradients over the ranks in the last backward of a step alone.
             waiting = world > 1 and chunk != chunks[-1]
             with net.no_sync() if waiting else nullcontext():
-                loss, errors = backward(x, e, r, t, y, num_neq, weight)
+                loss, errors = backward(x, e, r, t, y, num_neq, weight, v_noise=noise)
             v_error = errors[:num_eq].sum() / max(num_eq, 1)
             u_error = errors[num_eq:].sum() / max(num_neq, 1)
-            stats += torch.stack([loss, v_error, u_error]) / len(chunks)
+            stats[:3] += torch.stack([loss, v_error, u_error]) / len(chunks)
+            gaps = (t - r)[num_eq:]
+            inside = ((edges[:-1, None] <= gaps) & (gaps < edges[1:, None])).float()  # (4, num_neq)
+            stats[3:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
+
+            if args.affinity_every and step % args.affinity_every == 0 and chunk == chunks[0]:
+                generator = keyed_generator(args.seed, step, chunk, 0, device=device)  # its own
+                with autocast:
+                    losses = partial(meanflow.loss, **options)
+                    found = affinity(bare, losses, x, e, y, quantile, gap_ranges, generator)
+                if world > 1:
+                    dist.all_reduce(found)
+                affinities.append(found / world)
 
         grad_norm = update()
         if world > 1:
@@ -701,7 +749,7 @@ def main(args):
             stats /= world
         if args.accel == "dtd":
             pacer.update(stats[1], step)
-        history.append(torch.cat([stats, grad_norm[None]]))
+        history.append(torch.cat([grad_norm[None], stats]))
 
     if rank == 0:
         save_progress(out / "samples", out / "progress.png")
