@@ -9,6 +9,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -1227,6 +1228,22 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
     assert_close(state["ema"], ema, rtol=0, atol=1e-5)
     if a["accel"] == "dtd":
         assert_close(state["pacer"], pacer.state_dict(), rtol=1e-4, atol=0)
+
+
+def test_every_command_of_the_findings_runs(glyphs, tmp_path, monkeypatch):
+    text = (HERE / "README.md").read_text().split("## The second paper's findings")[1]
+    lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("python ")]
+    monkeypatch.chdir(tmp_path)
+    assert len(lines) > 15
+    toy = f"--model tiny --data {glyphs} --steps 2 --batch-size 8 --workers 0 --sample-every 9"
+    for line in lines:
+        _, script, *flags = re.sub(r"--(model|data|epochs|batch-size) \S+", "", line).split()
+        if script == "train.py":
+            train.main(train.parse_args([*flags, *toy.split()]))
+            assert Path(flags[flags.index("--out") + 1], "last.pt").exists()
+        else:
+            sample.main(sample.parse_args([*flags, "--num", "2"]))
+            assert Path(flags[flags.index("--out") + 1]).exists()
 
 
 def test_watching_the_affinity_leaves_the_training_as_it_was(glyphs, tmp_path):
