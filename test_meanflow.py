@@ -1231,10 +1231,10 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
 
 
 def test_every_command_of_the_findings_runs(glyphs, tmp_path, monkeypatch):
-    text = (HERE / "README.md").read_text().split("## The second paper's findings")[1]
+    text = (HERE / "README.md").read_text().split("## The papers' findings")[1]
     lines = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("python ")]
     monkeypatch.chdir(tmp_path)
-    assert len(lines) > 15
+    assert len(lines) > 23
     toy = f"--model tiny --data {glyphs} --steps 2 --batch-size 8 --workers 0 --sample-every 9"
     for line in lines:
         _, script, *flags = re.sub(r"--(model|data|epochs|batch-size) \S+", "", line).split()
