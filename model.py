@@ -340,5 +340,5 @@ RULES = {
     "layer_norm": layer_norm_tangent,
     "scaled_dot_product_attention": attention_tangent,
 }
-# Linear in their one argument with a tangent: the function itself, of the tangent.
+# Linear functions: the function itself, of the tangents.
 LINEAR = {"cat", "chunk", "unbind", "transpose", "unflatten", "flatten"}

@@ -77,7 +77,7 @@ RECIPES = {name: {} for name in CONFIGS} | {
 
 # Logged for every interval: the loss, the unweighted squared error per dimension of samples with
 # r = t and with r < t, and the norm of the gradient.
-STATS = ("grad_norm", "loss", "v_error", "u_error")
+STATS = ("loss", "v_error", "u_error", "grad_norm")
 
 # Flags that may differ when a run is resumed. Another length is a user's own choice: beta and DTD's
 # cap go by the share of the run that is done. The data is compared by its meta.json.
@@ -187,7 +187,10 @@ def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_s
 def affinity(net, losses, x, e, y, quantile, gaps, generator):
     """Cosine of the gradient of the r = t loss with that of the r < t loss in each range of gaps,
     arXiv 2511.19065v1, Sec. 4.3: (len(gaps),). gaps: `schedules.time_pairs` of each.
-    losses: of meanflow.loss, its options given. Leaves the gradients in .grad alone.
+    losses: meanflow.loss with its options. Leaves the gradients in .grad alone.
+
+    differs: the paper does not say of which samples and weights. Here one batch serves all the
+    gradients, each of whole batches with r = t or with r < t, without alpha and beta.
     """
     trained, n = [p for p in net.parameters() if p.requires_grad], len(x)
 
@@ -599,7 +602,7 @@ def main(args):
         (out / "samples").mkdir(parents=True, exist_ok=True)
         keep_metrics(out / "metrics.jsonl", start)
 
-    # The ordinary forward and backward go through DDP; the target needs the network itself.
+    # The forward that has a graph goes through DDP, and guidance to the network itself.
     bare = net
     if args.compile:
         bare.compile(dynamic=False)
@@ -663,7 +666,7 @@ def main(args):
                 fault = step - len(rows) + bad[0].item()
                 fail(f"loss or gradient not finite at step {fault}; {last} is kept", code=1)
             means, (sums, counts) = rows[:, :4].mean(0), rows[:, 4:].sum(0).view(2, len(GAPS))
-            row = zip(STATS, means.tolist(), (1, 1, num_eq, num_neq), strict=True)
+            row = zip(STATS, means.tolist(), (1, num_eq, num_neq, 1), strict=True)
             row = {name: value for name, value, samples in row if samples}
             row["lr"] = optimizer.param_groups[0]["lr"]
             if args.progressive:
@@ -735,8 +738,7 @@ def main(args):
             stats[3:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
 
             if args.affinity_every and step % args.affinity_every == 0 and chunk == chunks[0]:
-                generator = keyed_generator(args.seed, step, chunk, 0, device=device)  # its own
-                with autocast:
+                with autocast:  # the chunk's own noise is drawn by now
                     losses = partial(meanflow.loss, **options)
                     found = affinity(bare, losses, x, e, y, quantile, gap_ranges, generator)
                 if world > 1:
@@ -749,7 +751,7 @@ def main(args):
             stats /= world
         if args.accel == "dtd":
             pacer.update(stats[1], step)
-        history.append(torch.cat([grad_norm[None], stats]))
+        history.append(torch.cat([stats[:3], grad_norm[None], stats[3:]]))
 
     if rank == 0:
         save_progress(out / "samples", out / "progress.png")
