@@ -121,7 +121,8 @@ def save_npz(path, parts, shape, settings):
 def settings_of(args):
     """What is drawn, for JSON: kept beside unfinished pictures, and in a finished .npz."""
     names = (
-        "step", "num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype",
+        "step", "num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size",
+        "dtype",
     )  # fmt: skip
     weights = [net and fingerprint(net.state_dict()) for net in (args.net, args.decoder)]
     return {name: vars(args)[name] for name in names} | {"weights": weights}
