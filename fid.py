@@ -9,10 +9,7 @@ side may be an .npz of images (arr_0, uint8, NHWC), a folder of images, a pixel 
 prepare_latents.py, or statistics (mu and sigma in an .npz, as in ADM's reference batches).
 """
 
-import argparse
 import math
-import os
-import sys
 import zipfile
 from pathlib import Path
 
@@ -26,17 +23,18 @@ from scipy.linalg.blas import dtrmm
 from torch import nn
 
 from prepare_latents import (
+    ArgumentParser,
     Dataset,
-    HelpFormatter,
+    InputError,
     Progress,
     default_workers,
     image_files,
     join_ranks,
-    leave_ranks,
     load_strictly,
     load_weights,
     read_image,
     replace_file,
+    run_script,
 )
 
 FEATURES, CLASSES = 2048, 1008
@@ -188,7 +186,7 @@ def resize(x, size=299):
 
 
 def load_inception(path):
-    """The network in a file of the public weights. ValueError, one line, for any other file."""
+    """The network in a file of the public weights. InputError for any other file."""
     net = Inception()
     try:
         state = load_weights(path)
@@ -197,7 +195,7 @@ def load_inception(path):
                 state.setdefault(name, torch.tensor(0))
         load_strictly(net, state, path)
     except ValueError as error:
-        raise ValueError(f"--inception: {error}; pt_inception-2015-12-05 is needed") from None
+        raise InputError(f"--inception: {error}; pt_inception-2015-12-05 is needed") from None
     return net.eval().requires_grad_(False)
 
 
@@ -274,26 +272,43 @@ def load_statistics(path):
     ADM's reference batches have both images and the statistics of many more: these count.
     """
     try:
-        with zipfile.ZipFile(path), np.load(path) as file:
+        with zipfile.ZipFile(path) as archive, np.load(path) as file:
             prefix = next((prefix for prefix in ("", "ref_") if prefix + "mu" in file), None)
             if prefix is None:
                 return None
-            mu, sigma = (file[prefix + name].astype(np.float64) for name in ("mu", "sigma"))
-            known = {name: file[name].item() for name in ("count", "score") if name in file}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as an .npz ({error})") from None
-    if mu.shape != (FEATURES,) or sigma.shape != (FEATURES, FEATURES):
-        raise ValueError(f"{path} holds statistics of {mu.shape[0]} features, not of {FEATURES}")
+            # The headers first: what is not statistics may be as large as it likes.
+            shapes = dict(mu=(FEATURES,), sigma=(FEATURES, FEATURES))
+            for name, shape in shapes.items():
+                with archive.open(f"{prefix}{name}.npy") as member:
+                    if (found := npy_header(member)[0]) != shape:
+                        raise ValueError(f"{name} is {found}, not {shape}")
+            mu, sigma = (file[prefix + name].astype(np.float64) for name in shapes)
+            known = {}
+            for name in {"count", "score"} & set(file.files):
+                with archive.open(f"{name}.npy") as member:
+                    if npy_header(member)[0] != ():
+                        raise ValueError(f"{name} is no number")
+                known[name] = float(file[name])
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
+        problem = " ".join(f"{path} cannot be read as an .npz ({error})".split())
+        raise InputError(f"{problem[:300]}; make it again or name another") from None
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise ValueError(f"{path} holds statistics that are not finite")
+        raise InputError(f"{path} holds statistics that are not finite")
     return dict(mu=mu, sigma=sigma) | known
+
+
+def npy_header(file):
+    """(shape, Fortran order, dtype) of an .npy file; leaves `file` where the values begin."""
+    version = np.lib.format.read_magic(file)
+    read = {(1, 0): "read_array_header_1_0", (2, 0): "read_array_header_2_0"}[version]
+    return getattr(np.lib.format, read)(file)
 
 
 class Pictures(torch.utils.data.Dataset):
     """The images of an .npz, of a dataset directory, or of a folder and all its sub-folders.
 
-    Item i is (3, H, W) uint8, or a line that tells what is wrong with its file. ValueError, one
-    line, where there are no images of 8 bits.
+    Item i is (3, H, W) uint8, or a line that tells what is wrong with its file. InputError
+    where there are no images of 8 bits.
     """
 
     def __init__(self, path, crop=None):
@@ -305,11 +320,11 @@ class Pictures(torch.utils.data.Dataset):
             data = Dataset(path)
             self.array, self.rows = data.images, data.rows
             if data.meta.get("vae"):
-                raise ValueError(f"{path} holds latents; the distance is between images")
+                raise InputError(f"{path} holds latents; the distance is between images")
         else:
             self.rows = self.files = image_files(path)
         if len(self) < 2:
-            raise ValueError(f"{path} holds {len(self)} images, which have no covariance")
+            raise InputError(f"{path} holds {len(self)} images, which have no covariance")
 
     def __len__(self):
         return len(self.rows)
@@ -325,22 +340,28 @@ class Pictures(torch.utils.data.Dataset):
 
 def map_npz(path):
     """arr_0 (N, H, W, C) uint8 of an .npz, mapped where it is not compressed: it may be large."""
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        if "arr_0.npy" not in archive.namelist():
-            raise ValueError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
-        entry = archive.getinfo("arr_0.npy")
-        if entry.compress_type == zipfile.ZIP_STORED:
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            if "arr_0.npy" not in archive.namelist():
+                raise InputError(f"{path} holds neither images (arr_0) nor statistics (mu, sigma)")
+            entry = archive.getinfo("arr_0.npy")
+            with archive.open(entry) as member:
+                shape, fortran, dtype = npy_header(member)
+                header = member.tell()
+            if fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
+                raise InputError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
+            if header + math.prod(shape) != entry.file_size:
+                raise ValueError("arr_0 has not the size that it tells of")
+            if entry.compress_type != zipfile.ZIP_STORED:
+                return np.load(path)["arr_0"]
             file.seek(entry.header_offset + 26)  # the lengths of two fields before the contents
             name, extra = np.frombuffer(file.read(4), "<u2").tolist()
-            file.seek(name + extra, os.SEEK_CUR)
-            np.lib.format.read_magic(file)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            array = np.memmap(path, dtype, "r", file.tell(), shape)
-        else:
-            array = np.load(path)["arr_0"]
-    if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] not in (1, 3):
-        raise ValueError(f"{path}: arr_0 is {array.dtype} {array.shape}, not uint8 (N, H, W, 3)")
-    return array
+            return np.memmap(path, dtype, "r", file.tell() + name + extra + header, shape)
+    except InputError:
+        raise
+    except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
+        problem = " ".join(f"{path} cannot be read as an .npz ({error})".split())
+        raise InputError(f"{problem[:300]}; make it again or name another") from None
 
 
 def collate(images):
@@ -365,7 +386,7 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
     progress = Progress(share, sum(map(len, mine)), silent=rank > 0)
     for batch, groups in zip(mine, loader, strict=True):
         if isinstance(groups, str):
-            raise ValueError(groups)
+            raise InputError(groups)
         if len(groups) > 1 and rank == 0 and not stretched:
             print(f"note: {what} has pictures of several sizes, all stretched to one: see --crop")
             stretched = True
@@ -379,11 +400,10 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="fid.py",
         usage="fid.py SAMPLES [REFERENCE] --inception FILE [flags]; --help tells more",
         description=__doc__.splitlines()[0],
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("samples", type=Path, help=".npz of images or of statistics, dataset, folder of images")
@@ -408,12 +428,12 @@ def parse_args(argv=None):
     try:
         for path in paths:
             if not path.exists():
-                raise ValueError(f"{path} does not exist")
+                raise InputError(f"{path} does not exist")
             if path.suffix != ".npz" and not path.is_dir():
-                raise ValueError(f"{path} is neither an .npz nor a folder")
+                raise InputError(f"{path} is neither an .npz nor a folder")
             known = load_statistics(path) if path.suffix == ".npz" else None
             if not known and not args.inception:
-                raise ValueError(f"{path} holds images: name the weights of --inception")
+                raise InputError(f"{path} holds images: name the weights of --inception")
             args.sides.append((path, known or Pictures(path, args.crop)))
         args.net = load_inception(args.inception) if args.inception else None
     except (OSError, ValueError) as error:
@@ -446,8 +466,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    try:
-        main(parse_args())
-    except (ValueError, OSError) as error:  # a picture that cannot be read, a full disk
-        sys.exit(f"fid.py: error: {error}")
-    leave_ranks()
+    run_script(lambda: main(parse_args()))

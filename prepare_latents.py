@@ -26,12 +26,13 @@ import json
 import math
 import os
 import shutil
+import socket
 import sys
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,11 @@ from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
+try:
+    import fcntl
+except ImportError:  # Windows, where nothing guards a directory against two runs
+    fcntl = None
+
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 EMPTY, UNREADABLE = -1, -2  # labels of rows that hold no picture yet, or never will
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
@@ -49,6 +55,42 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 # ---------------------------------------------------------------------------- shared by the scripts
+
+
+class InputError(ValueError):
+    """Bad input: its text is one line that names the flag or the file, what is wrong, the mend."""
+
+
+def fail(message, code=2, alike=False):
+    """End with one line on standard error. Code 2, argparse's, is for bad input, 1 for a fault.
+    alike: every rank fails in the same way, and one of each machine says so."""
+    script, world = Path(sys.argv[0]).name, int(os.environ.get("WORLD_SIZE", 1))
+    if not alike or os.environ.get("LOCAL_RANK", "0") == "0":
+        rank = f"rank {os.environ['RANK']}: " if world > 1 and not alike else ""
+        print(f"{script}: error: {rank}{message}", file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def run_script(main):
+    """main(), whose ranks end together. What a user can mend ends it with one line and its exit
+    code: 2 for bad input, 1 for a fault of the machine, 130 for Ctrl-C. The rest are our bugs."""
+    try:
+        main()
+        leave_ranks()
+    except InputError as error:
+        fail(str(error).splitlines()[-1].removeprefix("prepare_latents.InputError: "))
+    except torch.OutOfMemoryError as error:
+        fail(f"{str(error).splitlines()[0]} Take fewer pictures at once.", code=1)
+    except OSError as error:  # a full disk
+        fail(error, code=1)
+    except RuntimeError as error:
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if not lost and "DataLoader worker" not in str(error):
+            raise
+        what = "lost the other ranks, see what they say: " if lost else ""
+        fail(what + str(error).splitlines()[0], code=1)
+    except KeyboardInterrupt:
+        fail("interrupted", code=130)
 
 
 def join_ranks(backend="gloo", timeout=timedelta(days=1)):
@@ -94,6 +136,18 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class ArgumentParser(argparse.ArgumentParser):
+    """Of which one rank of a machine alone says what is wrong."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=HelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            sys.exit(2)
+        super().error(message)
+
+
 class Progress:
     """How far long work is: a line rewritten in place, or in a log file a new one now and then."""
 
@@ -132,13 +186,53 @@ class Background:
 
 
 def replace_file(path, write):
-    """All or nothing: readers of `path` find the old file or the whole new one. write(file)."""
+    """All or nothing: readers of `path` find the old file or the whole new one. write(file).
+
+    On return the new one would survive a loss of power; where it cannot be written, the old one is
+    as it was, and OSError tells why.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            try:
+                write(file)
+            except RuntimeError as error:  # torch.save's, which hides that of the file
+                file.flush()
+                raise OSError(f"{path}: {error}") from error
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk is not to stay full
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # of the new name
+        os.close(folder)
+
+
+LOCKS = []  # open as long as the process lives: to close one is to give it up
+
+
+def lock(folder):
+    """Makes a directory this process's own until it ends, however it does. InputError where it is
+    another's. No fork inherits it: workers that outlive a killed process hold nothing."""
+    if fcntl is None:
+        return
+    file = open(Path(folder, ".lock"), "a+")  # noqa: SIM115
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        owner = file.read() or "another run"
+        problem = f"{folder} is in use by {owner}; wait for its end or name another"
+        raise InputError(problem) from None
+    except OSError as error:
+        print(f"note: {folder} is on a disk without locks ({error.strerror})", file=sys.stderr)
+        return
+    file.truncate(0)
+    print(f"process {os.getpid()} on {socket.gethostname()}", end="", file=file, flush=True)
+    LOCKS.append(file)
 
 
 def is_in_file(path):
@@ -162,10 +256,47 @@ def save_grid(pixels, path, columns):
     pixels = np.concatenate([pixels, blanks])
     grid = to_image(rearrange(pixels, "(r c) k h w -> k (r h) (c w)", c=columns))
     zoom = max(1, 64 // pixels.shape[-1])
-    grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST).save(path)
+    grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
+    replace_file(path, partial(grid.save, format="PNG"))
 
 
 # ---------------------------------------------------------------------------- the dataset format
+
+
+def is_whole(n, least=0):
+    return type(n) is int and n >= least
+
+
+def is_finite(a):
+    return type(a) in (int, float) and math.isfinite(a)
+
+
+# What each entry of a meta.json must be. Beyond these: source, and what later versions add.
+META = {
+    "format": lambda n: n == FORMAT,
+    "count": lambda n: is_whole(n, 1),
+    "shape": lambda s: (
+        type(s) is list and len(s) == 3 and all(is_whole(n, 1) for n in s) and s[1] == s[2]
+    ),
+    "dtype": lambda d: d in ("uint8", "float16", "float32"),
+    "scale": is_finite,
+    "shift": is_finite,
+    "classes": lambda c: type(c) is list and all(type(name) is str for name in c),
+    "vae": lambda v: v is None or type(v) is str,
+    "mirrored": lambda m: type(m) is bool,
+    "files": lambda f: type(f) is str,
+}
+
+
+def check_meta(meta, where):
+    """InputError where a meta.json, or a checkpoint's copy of one, is not as META says."""
+    if type(meta) is not dict:
+        raise InputError(f"{where} is no dict; prepare the dataset again")
+    optional = {"vae", "mirrored", "files"}
+    for key, is_right in META.items():
+        if (key in meta or key not in optional) and not is_right(meta.get(key)):
+            value = str(meta.get(key))[:40]
+            raise InputError(f"{where}: {key} cannot be {value!r}; prepare the dataset again")
 
 
 def stored_shape(meta):
@@ -178,7 +309,7 @@ class Dataset(torch.utils.data.Dataset):
     """Reads a dataset directory; a list of indices gives one batch.
 
     dataset.__getitems__(indices) -> images (B, ...) as stored, labels (B,) int64, both tensors.
-    Raises ValueError, one line with the file and the mend, where there is no whole dataset.
+    InputError where there is no whole dataset, or where a latent in it is not finite.
     """
 
     def __init__(self, path):
@@ -186,25 +317,28 @@ class Dataset(torch.utils.data.Dataset):
         try:
             self.meta = meta = json.loads((path / "meta.json").read_text())
             self.images = images = np.load(path / "images.npy", mmap_mode="r")
-            self.labels = labels = np.load(path / "labels.npy")
-            shape, num_labels = (meta["count"], *stored_shape(meta)), max(len(meta["classes"]), 1)
-        except (OSError, ValueError, EOFError, KeyError, TypeError) as error:
+            labels = np.load(path / "labels.npy", mmap_mode="r")  # mapped: its size may be a lie
+            if images.dtype.hasobject or labels.dtype.kind != "i":
+                raise ValueError("arrays of another type")
+        except Exception as error:  # numpy raises a dozen kinds for a damaged file
             if (path / DatasetWriter.DRAFT).exists() and not (path / "meta.json").exists():
-                raise ValueError(
+                raise InputError(
                     f"{path} is unfinished; run prepare_latents.py again, it goes on from there"
                 ) from None
-            message = f"{path} holds no whole dataset ({error}); make one with prepare_latents.py"
-            raise ValueError(message) from None
-        if meta.get("format") != FORMAT:
-            raise ValueError(f"{path}/meta.json: format is not {FORMAT}; prepare the dataset again")
+            problem = f"{path} holds no whole dataset ({type(error).__name__}: {error})"
+            problem = " ".join(problem.split())[:300]
+            raise InputError(f"{problem}; make one with prepare_latents.py") from None
+        check_meta(meta, path / "meta.json")
+        shape, num_labels = (meta["count"], *stored_shape(meta)), max(len(meta["classes"]), 1)
         if images.shape != shape or images.dtype != meta["dtype"]:
-            raise ValueError(
+            raise InputError(
                 f"{path}/images.npy is {images.dtype} {images.shape} and not {meta['dtype']} "
                 f"{shape} as meta.json says; prepare the dataset again"
             )
+        self.labels = labels = np.array(labels)
         self.rows = np.flatnonzero(labels >= 0)
         if labels.shape != shape[:1] or not len(self.rows) or labels.max() >= num_labels:
-            raise ValueError(
+            raise InputError(
                 f"{path}/labels.npy is not {shape[0]} labels from 0 to {num_labels - 1} as "
                 "meta.json says; prepare the dataset again"
             )
@@ -222,7 +356,11 @@ class Dataset(torch.utils.data.Dataset):
 
     def __getitems__(self, indices):
         rows = self.rows[indices]
-        return torch.from_numpy(self.images[rows]), torch.from_numpy(self.labels[rows].astype(int))
+        images = torch.from_numpy(self.images[rows])
+        if images.is_floating_point() and not (finite := images.isfinite().flatten(1).all(1)).all():
+            problem = f"{self.path}/images.npy: row {rows[~finite.numpy()][0]} is not finite"
+            raise InputError(f"{problem}; prepare the dataset again")
+        return images, torch.from_numpy(self.labels[rows].astype(int))
 
 
 def network_input(stored, meta, generator=None):
@@ -239,7 +377,7 @@ class DatasetWriter:
 
     images.npy and labels.npy have their full size from the start, every label EMPTY. The images of
     a batch are on the disk before their labels are written: whatever has a label is there.
-    ValueError where the directory holds another dataset. Rank 0 makes the files: it comes first.
+    InputError where the directory holds another dataset. Rank 0 makes the files: it comes first.
     """
 
     DRAFT = "unfinished.json"  # becomes meta.json
@@ -249,19 +387,23 @@ class DatasetWriter:
         shape = (meta["count"], *stored_shape(meta))
         meta_files = [self.out / "meta.json", self.out / self.DRAFT]
         if found := [path for path in meta_files if path.exists()]:
-            was = json.loads(found[0].read_text())
+            try:
+                was = dict(json.loads(found[0].read_text()))
+            except (OSError, ValueError, TypeError):
+                problem = f"--out {out}: {found[0].name} is damaged"
+                raise InputError(f"{problem}; remove the directory, to begin anew") from None
             if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
                 problem = f"--out {out} holds a dataset that differs in {', '.join(other)}"
-                raise ValueError(f"{problem}; remove it or name another")
+                raise InputError(f"{problem}; remove it or name another")
         elif (self.out / "images.npy").exists():
             problem = f"--out {out} holds an images.npy without its meta.json"
-            raise ValueError(f"{problem}; remove it or name another")
+            raise InputError(f"{problem}; remove it or name another")
         else:
             self.out.mkdir(parents=True, exist_ok=True)
             needed = math.prod(shape) * np.dtype(meta["dtype"]).itemsize
             if (free := shutil.disk_usage(self.out).free) < needed:
                 problem = f"--out {out}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB free"
-                raise ValueError(problem)
+                raise InputError(problem)
             np.lib.format.open_memmap(self.out / "images.npy", "w+", meta["dtype"], shape)
             np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
             self.write_meta(self.DRAFT)
@@ -269,8 +411,11 @@ class DatasetWriter:
         try:
             self.images = np.load(self.out / "images.npy", mmap_mode="r")
             self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
+            whole = (self.images.shape, self.labels.shape) == (shape, shape[:1])
+            if not whole or (self.images.dtype, self.labels.dtype) != (meta["dtype"], np.int32):
+                raise ValueError("its arrays are not those of its meta.json")
+        except Exception as error:  # numpy raises a dozen kinds for a damaged file
+            raise InputError(
                 f"--out {out} is damaged ({error}); remove it, to begin anew"
             ) from None
 
@@ -295,9 +440,9 @@ class DatasetWriter:
         """Rank 0, after all ranks have written. show: rows as stored to (n, C, H, W) uint8."""
         labels = np.load(self.out / "labels.npy")
         if (labels == EMPTY).any():
-            raise ValueError(f"{self.out} has rows that were not written; run the command again")
+            raise InputError(f"{self.out} has rows that were not written; run the command again")
         if not (labels >= 0).any():
-            raise ValueError(f"{self.meta['source']} holds no readable picture")
+            raise InputError(f"{self.meta['source']} holds no readable picture")
         firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels[labels >= 0])[:10]]
         each = 1 if self.meta.get("vae") else 5  # to decode a latent takes a while on a CPU
         rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
@@ -320,19 +465,20 @@ def describe(out):
 def load_weights(path):
     """The tensors of a .safetensors file, or of one that torch.save wrote, by name, on the CPU.
 
-    ValueError, one line, for a file that is neither. Nothing in the file is ever executed.
+    InputError for a file that is neither. Nothing in the file is ever executed.
     """
     try:
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
         # Without mmap, which files from before torch 1.6 do not allow: FID's Inception is that old.
         state = torch.load(path, map_location="cpu", weights_only=True)
-        return dict(state.get("state_dict", state))
+        state = dict(state.get("state_dict", state))
+        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except FileNotFoundError:
-        raise ValueError(f"{path} is not a file") from None
+        raise InputError(f"{path} is not a file") from None
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         problem = f"{path} is damaged or no file of weights ({type(error).__name__}: {error})"
-        raise ValueError(" ".join(problem.split())[:300]) from None
+        raise InputError(" ".join(problem.split())[:300]) from None
 
 
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
@@ -343,11 +489,11 @@ def read_safetensors(path):
     """8 bytes of length, a JSON header of that length, then the raw little-endian tensors."""
     data = np.memmap(path, np.uint8, "c")
     start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    if start > len(data):
-        raise ValueError("its header is longer than the file")
+    if start > min(len(data), 100_000_000):  # the limit is the format's own
+        raise ValueError("its header is longer than the file, or than 100 MB")
     header, data = json.loads(data[8:start].tobytes()), data[start:]
     header.pop("__metadata__", None)
-    state = {}
+    state, left = {}, len(data)
     for name, entry in header.items():
         dtype, shape, (begin, end) = (
             SAFETENSORS[entry["dtype"]],
@@ -355,19 +501,21 @@ def read_safetensors(path):
         )
         if not 0 <= begin <= end <= len(data) or end - begin != math.prod(shape) * dtype.itemsize:
             raise ValueError(f"{name} does not lie within the file")
+        if min(shape, default=0) < 0 or (left := left - (end - begin)) < 0:
+            raise ValueError(f"{name} has a negative size or overlaps another")
         # Copied, since nothing aligns a tensor to its element size.
         state[name] = torch.from_numpy(data[begin:end].copy()).view(dtype).reshape(shape)
     return state
 
 
 def load_strictly(net, state, path):
-    """Every weight of `net` from `state` and nothing left over; ValueError, one line, otherwise."""
+    """Every weight of `net` from `state` and nothing left over; InputError otherwise."""
     ours = net.state_dict()
     lacking, unknown = ours.keys() - state.keys(), state.keys() - ours.keys()
     other = {name for name in ours.keys() - lacking if ours[name].shape != state[name].shape}
     for names, fault in [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]:
         if names:
-            raise ValueError(f"{path} {fault} {len(names)} weights, {min(names)} among them")
+            raise InputError(f"{path} {fault} {len(names)} weights, {min(names)} among them")
     net.load_state_dict(state)
 
 
@@ -534,7 +682,7 @@ OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_o
 def load_vae(path):
     """The VAE in a file of diffusers' names, old or new, as float32; its widths come from there.
 
-    ValueError, one line that begins with --vae, for any other file.
+    InputError, a line that begins with --vae, for any other file.
     """
     try:
         state = {}
@@ -548,9 +696,9 @@ def load_vae(path):
         load_strictly(vae, state, path)
     except KeyError:
         message = f"--vae: {path} holds no VAE under diffusers' names: encoder.conv_in.weight, ..."
-        raise ValueError(message) from None
+        raise InputError(message) from None
     except ValueError as error:
-        raise ValueError(f"--vae: {error}") from None
+        raise InputError(f"--vae: {error}") from None
     return vae.eval().requires_grad_(False)
 
 
@@ -606,7 +754,7 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
         print(f"{out} is complete already")
         return
     if out.exists() and any(out.iterdir()):
-        raise ValueError(f"{out} holds other files; remove it or name another directory")
+        raise InputError(f"{out} holds other files; remove it or name another directory")
     # Made aside and renamed as a whole: several runs may start at once where it is missing.
     aside = out.absolute().with_name(f"{out.absolute().name}.{uuid.uuid4().hex[:8]}")
     try:
@@ -633,19 +781,32 @@ def read_image(path, size=None):
     """(3, H, W) uint8 of a picture file as a viewer shows it; cut to size x size where given.
 
     differs: ADM's code leaves pictures unturned whose EXIF data tell that the camera was turned.
-    ValueError, one line that names the file, where Pillow cannot read it.
+    InputError, which names the file, where Pillow cannot read it.
     """
     try:
         with Image.open(path) as image:
             image = to_rgb(ImageOps.exif_transpose(image))
             image = image if size is None else center_crop(image, size)
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError(f"{path} cannot be read ({type(error).__name__})") from None
+        raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
     return np.array(image).transpose(2, 0, 1)
 
 
 def image_files(folder):
-    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    """The pictures in a folder and all its sub-folders, sorted; no link to a folder is followed.
+
+    InputError where a folder cannot be read: its pictures are not to go missing in silence.
+    """
+
+    def fault(error):
+        raise InputError(f"{error.filename} cannot be read ({error.strerror}); mend that")
+
+    return sorted(
+        Path(root, name)
+        for root, _, names in os.walk(folder, onerror=fault)
+        for name in names
+        if Path(name).suffix.lower() in IMAGE_SUFFIXES
+    )
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -655,7 +816,13 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __init__(self, root, size):
         self.root, self.size, self.classes, self.files = Path(root), size, [], []
-        for folder in sorted(self.root.iterdir()):
+        try:
+            folders = sorted(self.root.iterdir())
+        except OSError as error:
+            raise InputError(f"{root} cannot be read ({error.strerror}); mend it") from None
+        for folder in folders:
+            if folder.is_symlink() and not folder.exists():
+                raise InputError(f"{folder} is a link that leads nowhere; mend it or remove it")
             if folder.is_dir() and not folder.name.startswith("."):
                 paths = image_files(folder)
                 self.files += [(path, len(self.classes)) for path in paths]
@@ -673,7 +840,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def fingerprint(self):
         names = "\n".join(str(path.relative_to(self.root)) for path, _ in self.files)
-        return hashlib.sha256(names.encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
 
 def collate(items):
@@ -718,7 +885,7 @@ def write_folder(args):
     rank, world, device = join_ranks()
     folder = ImageFolder(args.source, args.size)
     if not (count := len(folder)):
-        raise ValueError(f"{args.source} has no images in sub-folders, one for a class")
+        raise InputError(f"{args.source} has no images in sub-folders, one for a class")
     meta = dict(
         format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
         dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
@@ -728,7 +895,7 @@ def write_folder(args):
         vae = load_vae(args.vae)
         side, rest = divmod(args.size, vae.factor)
         if rest:
-            raise ValueError(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
+            raise InputError(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
         meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, scale=LATENT_SCALE, shift=0)
         meta |= dict(vae=vae.fingerprint())
         vae.to(device)
@@ -741,7 +908,7 @@ def write_folder(args):
         mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
         latents = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(args.dtype)
         if not np.isfinite(latents).all():
-            raise ValueError(f"--vae {args.vae} gives latents that {args.dtype} cannot hold")
+            raise InputError(f"--vae {args.vae} gives latents that {args.dtype} cannot hold")
         return latents
 
     def show(rows):
@@ -752,6 +919,9 @@ def write_folder(args):
 
     if rank > 0:
         wait_for_all()
+    else:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        lock(args.out)
     writer = DatasetWriter(args.out, meta)
     if rank == 0:
         wait_for_all()
@@ -774,7 +944,7 @@ def write_folder(args):
     for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
         for fault in faults:
             if not args.skip_unreadable:
-                raise ValueError(f"{fault}; mend it or pass --skip-unreadable")
+                raise InputError(f"{fault}; mend it or pass --skip-unreadable")
             print(f"\nskipped: {fault}", file=sys.stderr)
         if args.flip:  # first, so that a label among the first half vouches for both
             background(writer.write, count + batch[0], encode(pixels.flip(-1)), labels)
@@ -788,11 +958,10 @@ def write_folder(args):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="prepare_latents.py",
         usage="prepare_latents.py SOURCE --out DIR [flags]; --help lists them all",
         description=__doc__.splitlines()[0],
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("source", help="'glyphs', or a folder with one sub-folder of images per class")
@@ -828,15 +997,11 @@ def parse_args(argv=None):
 
 
 def main(args):
-    try:
-        if args.source == "glyphs":
-            write_glyphs(args.out, args.count, args.size, args.seed)
-        else:
-            write_folder(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare_latents.py: error: {error}")
+    if args.source == "glyphs":
+        write_glyphs(args.out, args.count, args.size, args.seed)
+    else:
+        write_folder(args)
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_ranks()
+    run_script(lambda: main(parse_args()))

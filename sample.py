@@ -9,7 +9,6 @@ the seed and on i alone, on any number of ranks; the same command again goes on 
 interruption.
 """
 
-import argparse
 import json
 import math
 import shutil
@@ -26,15 +25,19 @@ from PIL import Image
 import meanflow
 from model import DiT
 from prepare_latents import (
+    ArgumentParser,
     Background,
-    HelpFormatter,
+    InputError,
     Progress,
+    check_meta,
     fingerprint,
     is_in_file,
+    is_whole,
     join_ranks,
-    leave_ranks,
     load_vae,
+    lock,
     replace_file,
+    run_script,
     save_grid,
     to_image,
     to_pixels,
@@ -42,18 +45,43 @@ from prepare_latents import (
 )
 
 
-def load_checkpoint(path):
-    """(EMA network on the CPU, the whole checkpoint). ValueError where it is none of train.py's."""
+def read_checkpoint(path):
+    """What train.py saved in a file, mapped: nothing in it is executed, every byte is checked.
+
+    InputError where it is anything else, or damaged.
+    """
     if not Path(path).is_file():
-        raise ValueError(f"{path} is not a file; a run's checkpoint is its last.pt")
+        raise InputError(f"{path} is not a file; a run's checkpoint is its last.pt")
     try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("torch.save compresses nothing")
+            if broken := archive.testzip():  # by the checksums that torch.save writes
+                raise ValueError(f"{broken} has another checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        args, meta = checkpoint["args"], checkpoint["meta"]
-        net = build_network(args["model"], meta, args["conditioning"])
-        net.load_state_dict(checkpoint["ema"])
+        check_meta(checkpoint["meta"], path)
+        whole = is_whole(checkpoint["step"]) and type(checkpoint["args"]["model"]) is str
+        for name in ("net", "ema"):
+            whole = whole and all(w.dtype == torch.float32 for w in checkpoint[name].values())
+        if not whole:
+            raise ValueError("it lacks a part")
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        message = f"{path} is damaged or no checkpoint of train.py ({type(error).__name__})"
-        raise ValueError(message) from None
+        problem = f"{path} is damaged or no checkpoint of train.py ({type(error).__name__}: {error}"
+        raise InputError(" ".join(problem.split())[:300] + ")") from None
+    return checkpoint
+
+
+def load_checkpoint(path):
+    """(EMA network on the CPU, the whole checkpoint); InputError as of read_checkpoint."""
+    checkpoint = read_checkpoint(path)
+    args = checkpoint["args"]
+    try:
+        with torch.device("meta"):  # no memory before the shapes are known to be the weights'
+            net = build_network(args["model"], checkpoint["meta"], args["conditioning"])
+        net.load_state_dict(checkpoint["ema"], assign=True)
+    except Exception as error:
+        problem = f"{path} is no checkpoint of this version ({type(error).__name__}: {error}"
+        raise InputError(" ".join(problem.split())[:300] + ")") from None
     return net, checkpoint
 
 
@@ -129,33 +157,32 @@ def settings_of(args):
 
 
 def check_settings(path, settings):
-    """Exit with one line where the pictures that `path` tells of are of other settings."""
+    """InputError where the pictures that `path` tells of are of other settings."""
     try:
         if path.suffix == ".json":
             text = path.read_text()
         else:
             with zipfile.ZipFile(path) as archive:
                 text = archive.comment.decode()
-        was = json.loads(text)
-    except (OSError, ValueError, zipfile.BadZipFile):
+        was = dict(json.loads(text))
+    except Exception:  # zipfile raises a dozen kinds for a damaged file
         was = {}
     if other := [name for name in settings if name not in was or was[name] != settings[name]]:
         place = path.parent if path.suffix == ".json" else path
         problem = f"{place} holds other pictures" + (
             f", of another {', '.join(other)}" if was else ""
         )
-        sys.exit(f"sample.py: error: {problem}; remove it or name another --out")
+        raise InputError(f"--out {problem}; remove it or name another")
 
 
 # ---------------------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="sample.py",
         usage="sample.py CHECKPOINT --out OUT [flags]; --help lists them all",
         description=__doc__.splitlines()[0],
-        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
@@ -187,7 +214,7 @@ def parse_args(argv=None):
     try:
         args.net, checkpoint = load_checkpoint(args.checkpoint)
         args.decoder = load_vae(args.vae) if args.vae else None
-    except ValueError as error:
+    except InputError as error:
         parser.error(str(error))
     args.step, args.meta = checkpoint["step"], checkpoint["meta"]
     encoder = args.meta.get("vae")
@@ -220,9 +247,10 @@ def main(args):
         say(f"{out} is complete already")
         return
     if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock(folder)
         if any(path.suffix in (".png", ".npy") for path in folder.glob("*")):
             check_settings(record, settings)
-        folder.mkdir(parents=True, exist_ok=True)
         replace_file(record, lambda file: file.write(json.dumps(settings).encode()))
     wait_for_all()
 
@@ -265,5 +293,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_ranks()
+    run_script(lambda: main(parse_args()))

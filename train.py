@@ -7,6 +7,7 @@
 
 Whatever is not given comes from the paper's recipe for the model named. The same command again
 resumes. A run's directory holds last.pt, metrics.jsonl, samples/ and, at the end, progress.png.
+SIGTERM, SIGUSR1 and Ctrl-C end a run after the step in progress, saved, with 128 + their number.
 """
 
 import argparse
@@ -14,6 +15,7 @@ import copy
 import json
 import math
 import os
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -37,21 +39,25 @@ import meanflow
 import schedules
 from model import CONDITIONINGS, CONFIGS
 from prepare_latents import (
+    ArgumentParser,
     Dataset,
-    HelpFormatter,
+    InputError,
     Progress,
+    fail,
     is_in_file,
     join_ranks,
     leave_ranks,
     load_vae,
+    lock,
     network_input,
     replace_file,
+    run_script,
     save_grid,
     to_pixels,
     wait_for_all,
     write_glyphs,
 )
-from sample import build_network, draw, keyed_generator, load_checkpoint
+from sample import build_network, draw, keyed_generator, load_checkpoint, read_checkpoint
 
 # The default datasets; what --dry-run takes them to be where they have not been made yet: the
 # number of pictures, their shape (C, H, W) and the number of classes.
@@ -83,12 +89,15 @@ STATS = ("loss", "v_error", "u_error", "grad_norm")
 # cap go by the share of the run that is done. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 MAY_CHANGE |= {"data", "out", "dry_run", "init_from", "vae", "inception", "fid_ref", "fid_every"}
-MAY_CHANGE |= {"affinity_every", "fid_num", "activation_checkpointing", "bench"}
+MAY_CHANGE |= {"affinity_every", "fid_num", "activation_checkpointing", "bench", "micro_batch_size"}
 
 # Ranges of the gap t - r in which errors and affinities are given: arXiv 2511.19065v1, Sec. 4.2.
 GAPS = (0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9)
 
 GRID_ROWS = 10  # of the pictures in samples/
+
+TIMEOUT = timedelta(minutes=30)  # after which a rank no longer waits for another that hangs
+SIGNALS = [getattr(signal, n) for n in ("SIGTERM", "SIGUSR1", "SIGINT") if hasattr(signal, n)]
 
 
 # ---------------------------------------------------------------------------- order of the data
@@ -116,24 +125,57 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
 # ---------------------------------------------------------------------------- files of a run
 
 
-def keep_metrics(path, step):
-    """Drop the rows after `step`, from which a resumed run goes on."""
+def forget_after(out, step):
+    """Drop metrics and pictures after `step`, from which a run goes on, and rows cut off."""
+
+    def is_kept(row):
+        try:
+            return json.loads(row)["step"] <= step
+        except (ValueError, KeyError, TypeError):  # cut by a kill or a full disk
+            return False
+
+    path = out / "metrics.jsonl"
     if path.exists():
-        rows = [row for row in path.read_text().splitlines() if json.loads(row)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows))
+        rows = [row for row in path.read_text(errors="replace").splitlines() if is_kept(row)]
+        text = "".join(row + "\n" for row in rows)
+        replace_file(path, lambda file: file.write(text.encode()))
+    for at, grid in grids(out / "samples").items():
+        if at > step:
+            grid.unlink()
+
+
+def grids(samples):
+    """The pictures in samples/ by their step, in order."""
+    return {int(path.stem): path for path in sorted(samples.glob("*.png")) if path.stem.isdecimal()}
+
+
+def append_row(path, row):
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def restore(parts, saved):
+    """Brings the parts of a run to where a checkpoint left them. Any exception: they differ."""
+    for name, part in parts.items():
+        part.load_state_dict(saved[name])
+    optimizer = parts["optimizer"]
+    for p in (p for group in optimizer.param_groups for p in group["params"]):
+        state = optimizer.state[p]
+        if not state["exp_avg"].shape == state["exp_avg_sq"].shape == p.shape:
+            raise ValueError("Adam's moments have another shape")
 
 
 def save_progress(samples, path, rows=10):
     """One picture of training: the first row of up to `rows` grids in samples/, oldest on top."""
-    grids = sorted(samples.glob("[0-9]*.png"))
-    picks = np.unique(np.linspace(0, len(grids) - 1, rows).round().astype(int))
-    strips = [(int(grids[i].stem), Image.open(grids[i])) for i in picks]
+    steps = list(found := grids(samples))
+    picks = np.unique(np.linspace(0, len(steps) - 1, rows).round().astype(int))
+    strips = [(steps[i], Image.open(found[steps[i]])) for i in picks]
     margin, tile = 80, strips[0][1].height // GRID_ROWS
     picture = Image.new("RGB", (margin + strips[0][1].width, tile * len(strips)))
     for i, (step, grid) in enumerate(strips):
         ImageDraw.Draw(picture).text((8, (i + 0.5) * tile), f"step {step}", anchor="lm")
         picture.paste(grid.crop((0, 0, grid.width, tile)), (margin, i * tile))
-    picture.save(path)
+    replace_file(path, partial(picture.save, format="PNG"))
 
 
 def memory_plan(net, micro, num_neq, dtype):
@@ -248,8 +290,10 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
 
     def step(loss_of, num_neq, omega=1.0, kappa=0.0):
         r_or_t = torch.cat([t[: micro - num_neq], r[micro - num_neq :]])
-        backward(x, e, r_or_t, t, y, num_neq, 1.0, loss_of=loss_of, omega=omega, kappa=kappa)
-        update()
+        loss, _ = backward(
+            x, e, r_or_t, t, y, num_neq, 1.0, loss_of=loss_of, omega=omega, kappa=kappa
+        )
+        update(loss)
 
     clock, repeat = (time.perf_counter, 10) if cuda else (time.process_time, 1)
     finish = torch.cuda.synchronize if cuda else lambda: None
@@ -326,11 +370,39 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
             say(f"the loader alone, {loader.num_workers} workers: {rate:.4g} pictures/s")
 
 
-def fail(message, code=2):
-    """End with one line on standard error; code 2, argparse's, is for bad input, 1 for a fault."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"train.py: error: {message}", file=sys.stderr)
-    sys.exit(code)
+# ---------------------------------------------------------------------------- the end of a run
+
+
+def catch_signals():
+    """From now on SIGNALS end nothing, and the list returned receives their numbers."""
+    caught = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: caught.append(number))
+    return caught
+
+
+def outlive_signals(_):
+    """For the loader's workers, whom a scheduler or Ctrl-C signals too: the step in progress needs
+    its data. The second SIGTERM they obey: it is the run's own, which ends them."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def largest(number):
+    """The largest of all ranks' numbers; a CPU's exchange, for which no GPU is waited."""
+    if not dist.is_initialized():
+        return number
+    number = torch.tensor(number)
+    dist.all_reduce(number, dist.ReduceOp.MAX)
+    return number.item()
+
+
+def worst_of(errors, t, r):
+    """(3,): a sample's largest error, inf where one is not finite, with its t and r."""
+    errors = errors.nan_to_num(nan=torch.inf)
+    worst = errors.argmax()
+    return torch.stack([errors[worst], t[worst], r[worst]])
 
 
 # ---------------------------------------------------------------------------- command line
@@ -348,19 +420,21 @@ def number(kind, accepts, what):
     return parse
 
 
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
+
 def parse_args(argv=None):
     """The arguments, with what is not given taken from the recipe of the model named."""
-    only_model = argparse.ArgumentParser("train.py", add_help=False, allow_abbrev=False)
+    only_model = ArgumentParser(prog="train.py", add_help=False)
     only_model.add_argument("--model", choices=CONFIGS, default="tiny", help="network and recipe")
     model = only_model.parse_known_args(argv)[0].model
 
-    parser = argparse.ArgumentParser(
+    parser = ArgumentParser(
         prog="train.py",
         usage="train.py [--model NAME] [flags]; --help lists them all",
         description=__doc__.splitlines()[0] + " Defaults are the recipe of the --model given.",
         parents=[only_model],
-        allow_abbrev=False,
-        formatter_class=HelpFormatter,
     )
     finite = number(float, math.isfinite, "a finite number")
     positive = number(float, lambda a: 0 < a < math.inf, "a positive number")
@@ -435,6 +509,9 @@ def parse_args(argv=None):
 
     parser.set_defaults(**PAPER | RECIPES[model], dtype="bfloat16" if bfloat16 else "float32")
     args = parser.parse_args(argv)
+    # The flags that were given: where the namespace has a value, argparse sets no default.
+    unset = argparse.Namespace(**dict.fromkeys(vars(args)))
+    given = {name for name, a in vars(parser.parse_args(argv, unset)).items() if a is not None}
 
     args.out = args.out or f"runs/{args.model.replace('/', '-')}-{args.accel}"
     if args.progressive is None:
@@ -444,7 +521,24 @@ def parse_args(argv=None):
     no_eq, no_neq = args.r_neq_t == 1, args.r_neq_t == 0
     lo, hi = args.cfg_interval
     gap_lo, gap_hi = args.gap or (0, 1)
+    unguided = args.omega == 1 and args.kappa == 0
+    without_effect = [
+        ("beta_k", not args.progressive, "no --progressive"),
+        ("snr_gamma", args.accel != "minsnr", f"--accel {args.accel}"),
+        ("dtd_clusters dtd_patience dtd_cap", args.accel != "dtd", f"--accel {args.accel}"),
+        ("time_mu time_sigma", args.time_sampler == "uniform", "--time-sampler uniform"),
+        ("adaptive_c", args.adaptive_p == 0, "--adaptive-p 0"),
+        ("cfg_interval", unguided, "--omega 1 --kappa 0"),
+        ("tangent", no_neq, "--r-neq-t 0"),
+        ("fid_num fid_ref inception", not args.fid_every, "no --fid-every"),
+    ]
+    for names, idle, why in without_effect:
+        if idle and (found := [flag_of(name) for name in names.split() if name in given]):
+            parser.error(f"{found[0]} has no effect with {why}")
+    # The null label's weight in the target, Eq. 21, is 1 - omega - kappa.
+    untrained = args.label_drop == 0 and not unguided and abs(1 - args.omega - args.kappa) > 1e-9
     for wrong, message in [
+        (untrained, "--label-drop 0 never trains the null label, which this guidance needs"),
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
         (lo >= hi, "--cfg-interval LO HI needs LO below HI; --omega 1 --kappa 0 is no guidance"),
         (args.bench and args.dry_run, "--bench and --dry-run exclude each other"),
@@ -473,8 +567,11 @@ def parse_args(argv=None):
 
 def main(args):
     # Set-up: one process, or one per GPU under torchrun.
-    rank, world, device = join_ranks("nccl" if torch.cuda.is_available() else "gloo", timeout=None)
+    # gloo carries what lies in a CPU's memory.
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    rank, world, device = join_ranks(backend, TIMEOUT)
     say = partial(print, flush=True) if rank == 0 else lambda *_: None
+    refuse = partial(fail, alike=True)
 
     # Data, and how a global batch divides into micro-batches.
     try:
@@ -486,52 +583,63 @@ def main(args):
         meta, count, epoch = data.meta, len(data), data.epoch_length
     except (ValueError, OSError) as error:
         if args.data not in ASSUMED or not (args.dry_run or args.bench):
-            fail(f"--data: {error}")
+            refuse(f"--data: {error}")
         count, shape, classes = ASSUMED[args.data]
         meta = dict(shape=shape, classes=range(classes), vae=args.data == IMAGENET)
         data, epoch = None, count
         say(f"note: there is no {args.data} yet; taken to be {count:,} pictures {shape}")
     if args.bench and world > 1:
-        fail("--bench measures one device: start it without torchrun")
+        refuse("--bench measures one device: start it without torchrun")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
         parts = f"{world} ranks x --micro-batch-size {micro}"
-        fail(f"--batch-size {args.batch_size} is no multiple of {parts}")
+        refuse(f"--batch-size {args.batch_size} is no multiple of {parts}")
     chunks = range(rank, args.batch_size // micro, world)  # this rank's micro-batches of a step
     num_neq = round(micro * args.r_neq_t)  # samples with r < t in a micro-batch, its last
     num_eq = micro - num_neq
     if (num_neq == 0) != (args.r_neq_t == 0) or (num_eq == 0) != (args.r_neq_t == 1):
-        fail(f"--r-neq-t {args.r_neq_t} of {micro} samples is none or all: raise --batch-size")
+        refuse(f"--r-neq-t {args.r_neq_t} of {micro} samples is none or all: raise --batch-size")
     steps = args.steps or math.ceil(args.epochs * epoch / args.batch_size)
 
     # The run's last checkpoint, which must be one of this very command.
     out, start, saved = Path(args.out), 0, None
     last = out / "last.pt"
     if is_in_file(out):
-        fail(f"--out {out} is not a directory, or lies in a file")
+        refuse(f"--out {out} is not a directory, or lies in a file")
+    if rank == 0 and not (args.bench or args.dry_run):
+        try:
+            (out / "samples").mkdir(parents=True, exist_ok=True)
+            lock(out)
+        except (InputError, OSError) as error:
+            refuse(f"--out {out} cannot be used: {error}")
+    wait_for_all()
     if last.exists() and not args.bench:
         try:
-            saved = torch.load(last, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-            fail(f"{last} is damaged ({type(error).__name__}); remove it or name another --out")
+            saved = read_checkpoint(last)
+        except InputError as error:
+            refuse(f"{error}; remove it or name another --out")
         was = saved["meta"]
         if other := [key for key in was | meta if was.get(key) != meta.get(key)]:
             other = ", ".join(other)
-            fail(f"{out}: its data had another {other} than --data {args.data}; name another --out")
-        for name, was in saved["args"].items():
-            if name not in MAY_CHANGE and getattr(args, name, was) != was:
-                flag, now = "--" + name.replace("_", "-"), getattr(args, name)
-                fail(f"{out}: its {flag} was {was}, not {now}; name another --out")
+            refuse(f"{out}: its --data had another {other}; name another --out")
+        changed = [
+            f"{flag_of(name)} was {was}, not {getattr(args, name)}"
+            for name, was in saved["args"].items()
+            if name not in MAY_CHANGE and getattr(args, name, was) != was
+        ]
+        if changed:
+            free = " ".join(map(flag_of, sorted(MAY_CHANGE)))
+            refuse(f"{out}: its {', its '.join(changed)}; name another --out (free are {free})")
         start = saved["step"]
         if start > steps:
-            fail(f"{out} is at step {start} already, beyond --steps {steps}")
+            refuse(f"{out} is at step {start} already, beyond --steps {steps}")
 
     # Schedules: the constants behind beta and alpha, and the curriculum.
     sampler = schedules.TIME_SAMPLERS[args.time_sampler]
     quantile = partial(sampler, mu=args.time_mu, sigma=args.time_sigma)
     pairs = schedules.time_pairs(quantile, args.gap or (0.0, 1.0))
     if not pairs.numel():
-        fail(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
+        refuse(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
     lam = schedules.beta_lambda(pairs)
     alpha_mean = schedules.minsnr_mean(quantile, args.snr_gamma)
     gap_pairs = pairs.float().to(device) if args.gap else None
@@ -565,7 +673,7 @@ def main(args):
             if reference is None:
                 raise ValueError(f"--fid-ref {args.fid_ref} holds no mu and sigma")
     except (ValueError, RuntimeError, OSError) as error:
-        fail(" ".join(str(error).split()))
+        refuse(" ".join(str(error).split()))
     trained = [p for p in net.parameters() if p.requires_grad]
     say(
         f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, {count:,} "
@@ -595,12 +703,15 @@ def main(args):
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
     parts = {"net": net, "ema": ema, "optimizer": optimizer, "pacer": pacer}
     if saved:
-        for name, part in parts.items():
-            part.load_state_dict(saved[name])
+        try:
+            restore(parts, saved)
+        except Exception as error:
+            refuse(f"{last} does not fit ({type(error).__name__}); remove it or name another --out")
+        if (was := saved.get("micro", micro)) != micro:
+            say(f"note: micro-batches of {micro}, not {was} as before: other noise from here on")
         del saved
     if rank == 0 and not args.bench:
-        (out / "samples").mkdir(parents=True, exist_ok=True)
-        keep_metrics(out / "metrics.jsonl", start)
+        forget_after(out, start)
 
     # The forward that has a graph goes through DDP, and guidance to the network itself.
     bare = net
@@ -616,10 +727,13 @@ def main(args):
             for chunk in chunks
         ),
         num_workers=min(args.workers, os.cpu_count() or 1),
+        worker_init_fn=outlive_signals,
         collate_fn=tuple,  # the dataset gives whole batches
         pin_memory=device.type == "cuda",
     )
     omega, kappa = (args.omega, args.kappa) if bare.num_classes else (1.0, 0.0)
+    if (omega, kappa) != (args.omega, args.kappa):
+        say(f"note: {args.data} has no classes, so training is without guidance")
     options = dict(
         bare=bare, null_label=bare.null_label, omega=omega, kappa=kappa,
         cfg_interval=args.cfg_interval, tangent=args.tangent, p=args.adaptive_p, c=args.adaptive_c,
@@ -633,9 +747,11 @@ def main(args):
         (loss / len(chunks)).backward()
         return loss.detach(), errors
 
-    def update():
-        """A step of Adam and of the running average; the norm of the gradient."""
+    def update(loss):
+        """A step of Adam and of the running average; the norm of the gradient. Where that or the
+        loss is not finite, the weights stay as they are."""
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        optimizer.found_inf = 1.0 - (grad_norm + loss).isfinite().float()  # Adam's own switch
         optimizer.step()
         optimizer.zero_grad()
         update_ema(list(ema.parameters()), list(bare.parameters()), None)
@@ -646,25 +762,54 @@ def main(args):
         bench(args, backward, update, sampler, bare, meta, micro, num_neq, device, loader, say)
         return
 
+    def attempt(what, function, *args):
+        """Whether rank 0 could write a file. A full or lost disk does not end a run: it is said,
+        and the checkpoint is tried again with every line of the log."""
+        try:
+            if rank == 0:
+                function(*args)
+        except OSError as error:
+            message = f"warning: {what} could not be written, the run goes on: {error}"
+            print(message, file=sys.stderr, flush=True)
+            return False
+        return True
+
     batches = iter(loader)
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
     classes = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
     history, affinities, clock = [], [], time.time()
+    saved_at, unsaved = start, False  # the step that last.pt is of; whether a later one is not
+    caught = catch_signals()
     edges = torch.tensor([*(lo for lo, _ in GAPS), GAPS[-1][1]], device=device)
     gap_ranges = [schedules.time_pairs(quantile, gap).float().to(device) for gap in GAPS]
 
     for step in range(start, steps + 1):
-        ended = step == steps
+        notice = largest(max(caught, default=0))  # all ranks stop after the same step
+        ended = notice > 0 or step == steps
         s = schedules.training_progress(step, steps, args.beta_k)
 
         # The first step has a line of its own, so that a slow run shows at once how slow it is.
         due = ended or step == start + 1 or step % (args.fid_every or steps) == 0
         if history and (due or step % args.log_every == 0 or step % args.save_every == 0):
             rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
+            rows, worst = rows[:, :-3], rows[:, -3:]
             bad = (~rows.isfinite().all(1)).nonzero()
             if len(bad):
+                found = [worst[bad[0].item()].tolist()] * world
+                if world > 1:
+                    dist.all_gather_object(found, found[rank])
+                error, t, r = max(found)
                 fault = step - len(rows) + bad[0].item()
-                fail(f"loss or gradient not finite at step {fault}; {last} is kept", code=1)
+                lr = args.lr * min(1, (fault + 1) / max(args.warmup, 1))
+                kept = (
+                    f"{last} is of step {saved_at:,}" if saved_at else "no checkpoint was due yet"
+                )
+                refuse(
+                    f"loss or gradient not finite at step {fault:,}, which was not applied; "
+                    f"learning rate {lr:g}, worst sample at t {t:.5g}, r {r:.5g} "
+                    f"with error {error:.4g}; {kept}; try a lower --lr in another --out",
+                    code=1,
+                )
             means, (sums, counts) = rows[:, :4].mean(0), rows[:, 4:].sum(0).view(2, len(GAPS))
             row = zip(STATS, means.tolist(), (1, num_eq, num_neq, 1), strict=True)
             row = {name: value for name, value, samples in row if samples}
@@ -683,25 +828,28 @@ def main(args):
             for name, values in by_gap.items():
                 named = zip(GAPS, values, strict=True)
                 row |= {f"{name}_{lo}-{hi}": a for (lo, hi), a in named if math.isfinite(a)}
-            if rank == 0:
-                with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step} | row) + "\n")
+            attempt("the metrics", append_row, out / "metrics.jsonl", {"step": step} | row)
             history.clear()
             affinities.clear()
+        due = ended or step % args.save_every == 0 or (unsaved and step % args.log_every == 0)
+        if step > start and due:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"step": step, "args": vars(args), "meta": meta, "micro": micro}
+            state["torch"] = str(torch.__version__)
+            unsaved = not attempt("the checkpoint", replace_file, last, partial(torch.save, state))
+            if not unsaved:
+                saved_at = step
+                say(f"step {step:,}/{steps:,}  saved {last}")
+        if notice:
+            break
         if rank == 0 and (ended or step % args.sample_every == 0):
             pixels = to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
-            save_grid(pixels, out / "samples" / f"{step:08d}.png", columns=len(classes))
-        if rank == 0 and step > start and (ended or step % args.save_every == 0):
-            state = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"step": step, "args": vars(args), "meta": meta}
-            state["torch"] = str(torch.__version__)
-            replace_file(last, partial(torch.save, state))
+            grid = out / "samples" / f"{step:08d}.png"
+            attempt("the samples", save_grid, pixels, grid, len(classes))
         if args.fid_every and step > start and (ended or step % args.fid_every == 0):
             score = one_step_fid(ema, inception, reference, vae, meta, args.fid_num, rank, world)
             say(f"step {step:,}/{steps:,}  " + "  ".join(f"{k} {v:.5g}" for k, v in score.items()))
-            if rank == 0:
-                with open(out / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps({"step": step} | score) + "\n")
+            attempt("the metrics", append_row, out / "metrics.jsonl", {"step": step} | score)
         if ended:
             break
         if not history:
@@ -710,6 +858,7 @@ def main(args):
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
         stats = torch.zeros(3 + 2 * len(GAPS), device=device)
+        worst = torch.full((3,), -torch.inf, device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
@@ -733,6 +882,8 @@ def main(args):
             v_error = errors[:num_eq].sum() / max(num_eq, 1)
             u_error = errors[num_eq:].sum() / max(num_neq, 1)
             stats[:3] += torch.stack([loss, v_error, u_error]) / len(chunks)
+            candidate = worst_of(errors, t, r)
+            worst = torch.where(candidate[0] > worst[0], candidate, worst)
             gaps = (t - r)[num_eq:]
             inside = ((edges[:-1, None] <= gaps) & (gaps < edges[1:, None])).float()  # (4, num_neq)
             stats[3:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
@@ -745,19 +896,26 @@ def main(args):
                     dist.all_reduce(found)
                 affinities.append(found / world)
 
-        grad_norm = update()
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
+        grad_norm = update(stats[0])
         if args.accel == "dtd":
             pacer.update(stats[1], step)
-        history.append(torch.cat([stats[:3], grad_norm[None], stats[3:]]))
+        history.append(torch.cat([stats[:3], grad_norm[None], stats[3:], worst]))
 
+    del batches  # and with it the workers
+    if unsaved:
+        refuse(f"step {step:,} could not be saved; {last} is of step {saved_at:,}", code=1)
+    if notice:
+        leave_ranks()
+        name = signal.Signals(notice).name
+        say(f"{name}: stopped after step {step:,}; the same command goes on")
+        sys.exit(128 + notice)
     if rank == 0:
-        save_progress(out / "samples", out / "progress.png")
+        attempt("the picture", save_progress, out / "samples", out / "progress.png")
         say(f"done: {last}, {out / 'progress.png'}; draw more with sample.py")
 
 
 if __name__ == "__main__":
-    main(parse_args())
-    leave_ranks()
+    run_script(lambda: main(parse_args()))
