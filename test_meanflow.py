@@ -1955,7 +1955,7 @@ def resume(path):
 def fuzz(folder, count):
     """Damages four kinds of files `count` times each: readers return or raise one line."""
     torch.set_num_threads(1)
-    CONFIGS["nano"], fid.FEATURES, rng = (1, 16, 2, 2), 6, np.random.default_rng(0)
+    train.CONFIGS["nano"], fid.FEATURES, rng = (1, 16, 2, 2), 6, np.random.default_rng(0)
     meta = prepare_latents.Dataset(latent_dataset(folder / "set", count=6)).meta
     net = sample.build_network("nano", meta, "t,t-r")
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -2001,8 +2001,8 @@ def fuzz(folder, count):
                 read(path)
             except prepare_latents.InputError as error:
                 refused[name] += 1
-                assert "\n" not in str(error), str(error)
-                assert folder.name in str(error), str(error)
+                if "\n" in str(error) or str(folder) not in str(error):
+                    raise
             except BaseException:
                 (folder / "culprit").write_bytes(path.read_bytes())
                 print(f"{name}, mutation {number}")
