@@ -105,7 +105,13 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
     if world > 1:
-        dist.init_process_group(backend, timeout=timeout)
+        store = next(dist.rendezvous("env://", timeout=timeout))[0]
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":
+            # torchrun of torch 2.13 hands the store of a job that died to the one that it restarts,
+            # with the addresses of the dead in it. Across machines the number of restarts differs.
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        options = dict(store=store, rank=rank, world_size=world, timeout=timeout)
+        dist.init_process_group(backend, **options)
     return rank, world, device
 
 

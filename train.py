@@ -610,6 +610,7 @@ def main(args):
         try:
             (out / "samples").mkdir(parents=True, exist_ok=True)
             lock(out)
+            (out / "last.pt.tmp").unlink(missing_ok=True)  # of a run that was killed as it saved
         except (InputError, OSError) as error:
             refuse(f"--out {out} cannot be used: {error}")
     wait_for_all()
