@@ -19,7 +19,9 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import tracemalloc
 import warnings
 import weakref
 import zipfile
@@ -941,17 +943,6 @@ def test_a_dataset_with_a_row_that_nobody_wrote_is_not_finished(glyphs, tmp_path
     (tmp_path / "set" / "meta.json").unlink()
     with pytest.raises(ValueError, match="without its meta"):
         prepare_latents.DatasetWriter(tmp_path / "set", meta)
-
-
-@pytest.mark.parametrize("fault", ["images", "labels", "meta"])
-def test_a_damaged_dataset_is_refused_in_one_line(glyphs, tmp_path, fault):
-    data = prepare_latents.Dataset(glyphs)
-    np.save(tmp_path / "images.npy", data.images[:100] if fault == "images" else data.images)
-    np.save(tmp_path / "labels.npy", data.labels + (fault == "labels"))
-    (tmp_path / "meta.json").write_text(json.dumps(data.meta)[: 20 if fault == "meta" else None])
-    with pytest.raises(ValueError, match=f"{fault}|whole") as error:
-        prepare_latents.Dataset(tmp_path)
-    assert "\n" not in str(error.value)
 
 
 def test_the_data_order_visits_every_sample_once_an_epoch_on_any_number_of_ranks():
@@ -1990,8 +1981,13 @@ def fuzz(folder, count):
     refused = dict.fromkeys(kinds, 0)
     for name, read in kinds.items():
         path = folder / name
-        whole = path.read_bytes()
+        whole = path.read_bytes().removesuffix(b"\n")
         read(path)
+        for cut in [*range(0, len(whole), 97), *range(len(whole) - 99, len(whole))]:
+            path.unlink()
+            path.write_bytes(whole[:cut])
+            with pytest.raises(prepare_latents.InputError):
+                read(path)
         for number in range(count):
             again = name.endswith((".pt", ".npz")) and number % 2
             path.unlink()  # another may still be mapped
@@ -2027,6 +2023,165 @@ def test_damaged_files_are_read_or_refused_in_one_line(tmp_path):
     refused, memory = re.search(r"(\{.*\}) (\d+)", log.read_text()).groups()
     assert min(json.loads(refused).values()) > 300, refused
     assert int(memory) < 1.5e9
+
+
+class RunsCode:
+    """A pickle that would make a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_no_pickle_in_a_file_is_run(glyphs, tmp_path, capsys):
+    made, bad = tmp_path / "made", RunsCode(tmp_path / "made")
+    (tmp_path / "run").mkdir()
+    for name in ("run/last.pt", "weights.pt", "weights.bin"):
+        torch.save({"ema": bad, "state_dict": bad}, tmp_path / name)
+    torch.save(bad, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    np.savez(tmp_path / "x.npz", arr_0=np.array([bad]), mu=np.array([bad]), sigma=np.array([bad]))
+    shutil.copytree(glyphs, tmp_path / "set")
+    np.save(tmp_path / "set" / "labels.npy", np.array([bad] * 200))
+    resume, start = ["--data", glyphs, "--out", tmp_path / "run"], ["--data", glyphs, "--dry-run"]
+    vae = [image_folder(tmp_path / "images"), "--out", tmp_path / "latents", "--vae"]
+    for script, words, flags in [
+        (train, "last.pt is damaged", resume),
+        (train, "weights.pt is damaged", [*start, "--init-from", tmp_path / "weights.pt"]),
+        (train, "set holds no whole dataset", ["--data", tmp_path / "set", "--out", "new"]),
+        (sample, "last.pt is damaged", [tmp_path / "run" / "last.pt", "--out", "x.png"]),
+        (prepare_latents, "old.pt is damaged", [*vae, tmp_path / "old.pt"]),
+        (prepare_latents, "weights.bin is damaged", [*vae, tmp_path / "weights.bin"]),
+        (fid, "x.npz cannot be read", [tmp_path / "x.npz", "--save", tmp_path / "y.npz"]),
+    ]:
+        code, line = refusal(capsys, script, *flags)
+        assert code == 2
+        assert words in line
+        assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("cut", "holds no whole dataset"),
+        ("dtype", "images.npy is float64"),
+        ("shape", "images.npy is uint8 (200, 1, 8, 8)"),
+        ("few labels", "labels.npy is not 200 labels"),
+        ("large label", "labels.npy is not 200 labels from 0 to 9"),
+        ("labels of text", "holds no whole dataset"),
+        ("other version", "meta.json: format cannot be '2'"),
+        ("no scale", "meta.json: scale cannot be 'None'"),
+        ("lying size", "holds no whole dataset"),
+        ("text", "meta.json is no dict"),
+    ],
+)
+def test_a_damaged_dataset_is_refused_and_left_as_it_is(glyphs, tmp_path, capsys, fault, words):
+    data = tmp_path / "set"
+    shutil.copytree(glyphs, data)
+    images, labels = np.load(data / "images.npy"), np.load(data / "labels.npy")
+    meta = json.loads((data / "meta.json").read_text())
+    if fault == "cut":
+        (data / "images.npy").write_bytes((data / "images.npy").read_bytes()[:-1])
+    if fault == "dtype":
+        np.save(data / "images.npy", images.astype(float))
+    if fault == "shape":
+        np.save(data / "images.npy", images[:, :, :8, :8])
+    if fault == "few labels":
+        np.save(data / "labels.npy", labels[:-1])
+    if fault == "large label":
+        np.save(data / "labels.npy", labels + 1)
+    if fault == "labels of text":
+        np.save(data / "labels.npy", labels.astype(str))
+    if fault == "other version":
+        (data / "meta.json").write_text(json.dumps(meta | {"format": 2}))
+    if fault == "no scale":
+        (data / "meta.json").write_text(json.dumps({k: v for k, v in meta.items() if k != "scale"}))
+    if fault == "lying size":
+        header = {"descr": "<i4", "fortran_order": False, "shape": (10**12,)}
+        with open(data / "labels.npy", "wb") as file:
+            np.lib.format.write_array_header_1_0(file, header)
+    if fault == "text":
+        (data / "meta.json").write_text("[1, 2]")
+    before = [(path, path.read_bytes()) for path in sorted(data.iterdir())]
+    code, line = refusal(capsys, train, "--data", data, "--out", tmp_path / "run")
+    assert code == 2
+    assert words in line
+    assert str(data) in line
+    assert not (tmp_path / "run").exists()
+    assert [(path, path.read_bytes()) for path in sorted(data.iterdir())] == before
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("png bomb", "2.png cannot be read (DecompressionBombError)"),
+        ("link to itself", "2.png cannot be read (OSError)"),
+        ("archive", "2.png cannot be read (UnidentifiedImageError)"),
+        ("dead link of a class", "b is a link that leads nowhere"),
+        ("no rights", "b cannot be read (Permission denied)"),
+    ],
+)
+def test_what_lies_in_a_folder_is_read_or_named(capsys, fault, words):
+    """Not in pytest's own folder, which another user cannot enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder, "pictures of 2026")
+        names = ["gr\u00fc\u00df.png", "a b.png", "\u732b.png", os.fsdecode(b"not utf-8 \xff.png")]
+        (root / "h\u00e4user").mkdir(parents=True)
+        for name in names:
+            Image.new("RGB", (16, 16)).save(root / "h\u00e4user" / name)
+        (root / "h\u00e4user" / "loop").symlink_to(root)
+        flags = [root, "--workers", 0, "--out"]
+        prepare_latents.main(prepare_latents.parse_args([*map(str, flags), f"{folder}/set"]))
+        assert len(prepare_latents.Dataset(Path(folder, "set"))) == len(names)
+        capsys.readouterr()
+        bad = root / "h\u00e4user" / "2.png"
+        if fault == "png bomb":
+            Image.new("1", (20_000, 20_000)).save(bad)  # 60 KB
+        if fault == "link to itself":
+            bad.symlink_to(bad)
+        if fault == "archive":
+            with zipfile.ZipFile(bad, "w", zipfile.ZIP_DEFLATED) as archive:
+                archive.writestr("zeros", bytes(10**6))
+        if fault == "dead link of a class":
+            (root / "b").symlink_to(root / "c")
+        if fault == "no rights":
+            image_folder(root / "b")
+            (root / "b").chmod(0)
+        Path(folder).chmod(0o777)
+        if root_user := os.geteuid() == 0:
+            os.seteuid(65534)  # nobody
+        try:
+            code, line = refusal(capsys, prepare_latents, *flags, f"{folder}/other")
+        finally:
+            if root_user:
+                os.seteuid(0)
+        assert code == 2
+        assert words in line
+
+
+def test_a_safetensors_header_that_lies_takes_no_memory(tmp_path):
+    path = tmp_path / "w.safetensors"
+    for header, length in [
+        ({}, 2**62),
+        ({"w": dict(dtype="F32", shape=[2**40], data_offsets=[0, 2**42])}, None),
+        ({"w": dict(dtype="F32", shape=[-2, -2], data_offsets=[0, 16])}, None),
+        ({"w": dict(dtype="F32", shape=[4], data_offsets=[0, 12])}, None),
+        ({"w": dict(dtype="X", shape=[4], data_offsets=[0, 16])}, None),
+        ({"w": [1, 2]}, None),
+        (
+            {f"w{i}": dict(dtype="U8", shape=[10**6], data_offsets=[0, 10**6]) for i in range(99)},
+            None,
+        ),
+    ]:
+        text = json.dumps(header).encode()
+        number = length or len(text)
+        path.write_bytes(number.to_bytes(8, "little") + text + bytes(10**6))
+        tracemalloc.start()
+        with pytest.raises(prepare_latents.InputError, match=re.escape(str(path))):
+            prepare_latents.load_weights(path)
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
 
 
 # ---------------------------------------------------------------------------- sample.py
