@@ -1658,7 +1658,7 @@ def test_ctrl_c_reaches_the_workers_too_and_leaves_no_traceback(glyphs, tmp_path
     flags = ["--data", glyphs, "--out", tmp_path / "run", "--workers", 2, "--steps", 100_000]
     jobs = started(tmp_path / "log", *flags)
     seen(tmp_path / "log", "step 3/", jobs[0])
-    os.killpg(jobs[0].pid, signal.SIGINT)
+    os.killpg(jobs[0].pid, signal.SIGINT)  # and so do a scheduler's notices
     assert ended(jobs) == [128 + signal.SIGINT]
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
@@ -1729,6 +1729,7 @@ def test_a_rank_that_hangs_or_fails_ends_the_others_with_a_reason(glyphs, tmp_pa
     assert ended(jobs) == [1, -signal.SIGKILL]
     latents = latent_dataset(tmp_path / "latents", count=64, bad=41)
     flags = ["--data", latents, "--model", "tiny", "--out", tmp_path / "fails", "--steps", 100]
+    flags += ["--workers", 2]
     jobs = started(tmp_path / "fails.log", *flags, ranks=2)
     assert sorted(ended(jobs)) == [1, 2]
     for log, words in [("hangs", "rank 0: lost the"), ("fails.log", "images.npy: row 41 is not")]:

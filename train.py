@@ -14,6 +14,7 @@ import argparse
 import copy
 import json
 import math
+import multiprocessing.util
 import os
 import signal
 import sys
@@ -383,10 +384,16 @@ def catch_signals():
 
 def outlive_signals(_):
     """For the loader's workers, whom a scheduler or Ctrl-C signals too: the step in progress needs
-    its data. The second SIGTERM they obey: it is the run's own, which ends them."""
+    its data."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _: signal.signal(number, signal.SIG_DFL))
+
+
+def end_workers():
+    """At the exit after an error, when Python would send them SIGTERM and wait for ever."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def largest(number):
@@ -776,6 +783,7 @@ def main(args):
         return True
 
     batches = iter(loader)
+    multiprocessing.util.Finalize(None, end_workers, exitpriority=0)
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
     classes = np.unique(np.linspace(0, max(bare.num_classes - 1, 0), 10).astype(int)).tolist()
     history, affinities, clock = [], [], time.time()
