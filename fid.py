@@ -280,13 +280,15 @@ def load_statistics(path):
             shapes = dict(mu=(FEATURES,), sigma=(FEATURES, FEATURES))
             for name, shape in shapes.items():
                 with archive.open(f"{prefix}{name}.npy") as member:
-                    if (found := npy_header(member)[0]) != shape:
-                        raise ValueError(f"{name} is {found}, not {shape}")
+                    found, _, dtype = npy_header(member)
+                    if found != shape or dtype.kind not in "fiu":
+                        raise ValueError(f"{name} is {dtype} {found}, not numbers {shape}")
             mu, sigma = (file[prefix + name].astype(np.float64) for name in shapes)
             known = {}
             for name in {"count", "score"} & set(file.files):
                 with archive.open(f"{name}.npy") as member:
-                    if npy_header(member)[0] != ():
+                    found, _, dtype = npy_header(member)
+                    if found != () or dtype.kind not in "fiu":
                         raise ValueError(f"{name} is no number")
                 known[name] = float(file[name])
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
@@ -352,6 +354,8 @@ def map_npz(path):
                 raise InputError(f"{path}: arr_0 is {dtype} {shape}, not uint8 (N, H, W, 3)")
             if header + math.prod(shape) != entry.file_size:
                 raise ValueError("arr_0 has not the size that it tells of")
+            if entry.file_size > 10**6 + 100 * entry.compress_size:
+                raise ValueError("arr_0 is compressed more than pictures can be")
             if entry.compress_type != zipfile.ZIP_STORED:
                 return np.load(path)["arr_0"]
             file.seek(entry.header_offset + 26)  # the lengths of two fields before the contents
@@ -415,7 +419,7 @@ def parse_args(argv=None):
     add("--workers", type=int, help="folders: processes per rank that decode images")
     args = parser.parse_args(argv)
     args.workers = default_workers() if args.workers is None else args.workers
-    if min(args.batch_size, args.crop or 1) < 1 or args.workers < 0:
+    if min(args.batch_size, 1 if args.crop is None else args.crop) < 1 or args.workers < 0:
         parser.error("--batch-size and --crop must be at least 1, --workers at least 0")
     if not (args.reference or args.save):
         parser.error("name a REFERENCE, or --save FILE for the statistics of SAMPLES alone")

@@ -25,12 +25,15 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
 import time
 import uuid
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -78,19 +81,24 @@ def run_script(main):
         main()
         leave_ranks()
     except InputError as error:
-        fail(str(error).splitlines()[-1].removeprefix("prepare_latents.InputError: "))
+        fail(last_line(error))
     except torch.OutOfMemoryError as error:
         fail(f"{str(error).splitlines()[0]} Take fewer pictures at once.", code=1)
     except OSError as error:  # a full disk
-        fail(error, code=1)
+        fail(last_line(error), code=1)
     except RuntimeError as error:
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if not lost and "DataLoader worker" not in str(error):
+        if not lost and "DataLoader worker (pid" not in str(error):
             raise
         what = "lost the other ranks, see what they say: " if lost else ""
         fail(what + str(error).splitlines()[0], code=1)
     except KeyboardInterrupt:
         fail("interrupted", code=130)
+
+
+def last_line(error):
+    """What an error says; after the traceback where a worker of a loader met it."""
+    return re.sub(r"^[\w.]*Error: ", "", str(error).splitlines()[-1])
 
 
 def join_ranks(backend="gloo", timeout=timedelta(days=1)):
@@ -200,21 +208,22 @@ def replace_file(path, write):
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            try:
-                write(file)
-            except RuntimeError as error:  # torch.save's, which hides that of the file
-                file.flush()
-                raise OSError(f"{path}: {error}") from error
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)  # a full disk is not to stay full
-        raise
-    if os.name == "posix":
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()  # a full disk is not to stay full
+        if not isinstance(error, (OSError, RuntimeError)):  # the latter is torch.save's
+            raise
+        raise OSError(f"{path} could not be written: {error}") from error
+    with suppress(OSError):  # not every file system can, for the new name
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # of the new name
-        os.close(folder)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 LOCKS = []  # open as long as the process lives: to close one is to give it up
@@ -343,7 +352,8 @@ class Dataset(torch.utils.data.Dataset):
             )
         self.labels = labels = np.array(labels)
         self.rows = np.flatnonzero(labels >= 0)
-        if labels.shape != shape[:1] or not len(self.rows) or labels.max() >= num_labels:
+        unknown = ~np.isin(labels, [UNREADABLE, *range(num_labels)])
+        if labels.shape != shape[:1] or not len(self.rows) or unknown.any():
             raise InputError(
                 f"{path}/labels.npy is not {shape[0]} labels from 0 to {num_labels - 1} as "
                 "meta.json says; prepare the dataset again"
@@ -436,11 +446,14 @@ class DatasetWriter:
         """
         for array, rows in [(self.images, images), (self.labels, labels)]:
             rows = np.ascontiguousarray(rows, array.dtype)
-            with open(array.filename, "r+b") as file:
-                file.seek(array.offset + first * array[0].nbytes)
-                file.write(rows)
-                file.flush()
-                os.fsync(file.fileno())
+            try:
+                with open(array.filename, "r+b") as file:
+                    file.seek(array.offset + first * array[0].nbytes)
+                    file.write(rows)
+                    file.flush()
+                    os.fsync(file.fileno())
+            except OSError as error:
+                raise OSError(f"{array.filename} could not be written: {error}") from error
 
     def finish(self, show):
         """Rank 0, after all ranks have written. show: rows as stored to (n, C, H, W) uint8."""
@@ -476,6 +489,7 @@ def load_weights(path):
     try:
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
+        check_stored(path)
         # Without mmap, which files from before torch 1.6 do not allow: FID's Inception is that old.
         state = torch.load(path, map_location="cpu", weights_only=True)
         state = dict(state.get("state_dict", state))
@@ -485,6 +499,15 @@ def load_weights(path):
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         problem = f"{path} is damaged or no file of weights ({type(error).__name__}: {error})"
         raise InputError(" ".join(problem.split())[:300]) from None
+
+
+def check_stored(path):
+    """ValueError for a zip file with compressed entries, of which torch.save writes none: they may
+    be of any size."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise ValueError("torch.save compresses nothing")
 
 
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
@@ -522,7 +545,8 @@ def load_strictly(net, state, path):
     for names, fault in [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]:
         if names:
             raise InputError(f"{path} {fault} {len(names)} weights, {min(names)} among them")
-    net.load_state_dict(state)
+    # The tensors themselves, since `net` may be on the meta device and have no memory of its own.
+    net.load_state_dict({name: state[name].to(ours[name].dtype) for name in ours}, assign=True)
 
 
 def fingerprint(state):
@@ -698,13 +722,14 @@ def load_vae(path):
         levels = sum(name.endswith("samplers.0.conv.weight") for name in state) // 2 + 1
         name = "encoder.down_blocks.{}.resnets.0.conv1.weight"
         widths = [len(state[name.format(level)]) for level in range(levels)]
-        vae = VAE(widths, len(state["post_quant_conv.weight"]))
+        with torch.device("meta"):  # no memory before the shapes are known to be the file's
+            vae = VAE(widths, len(state["post_quant_conv.weight"]))
         load_strictly(vae, state, path)
-    except KeyError:
+    except InputError as error:
+        raise InputError(f"--vae: {error}") from None
+    except Exception:  # the sizes in the file may be no network's
         message = f"--vae: {path} holds no VAE under diffusers' names: encoder.conv_in.weight, ..."
         raise InputError(message) from None
-    except ValueError as error:
-        raise InputError(f"--vae: {error}") from None
     return vae.eval().requires_grad_(False)
 
 
@@ -790,6 +815,8 @@ def read_image(path, size=None):
     InputError, which names the file, where Pillow cannot read it.
     """
     try:
+        if path.exists() and not path.is_file():
+            raise ValueError("a pipe, which would be waited for")
         with Image.open(path) as image:
             image = to_rgb(ImageOps.exif_transpose(image))
             image = image if size is None else center_crop(image, size)
@@ -829,6 +856,8 @@ class ImageFolder(torch.utils.data.Dataset):
         for folder in folders:
             if folder.is_symlink() and not folder.exists():
                 raise InputError(f"{folder} is a link that leads nowhere; mend it or remove it")
+            if folder.resolve() in (self.root.resolve(), *self.root.resolve().parents):
+                raise InputError(f"{folder} leads back to {root}; remove it")
             if folder.is_dir() and not folder.name.startswith("."):
                 paths = image_files(folder)
                 self.files += [(path, len(self.classes)) for path in paths]
@@ -872,6 +901,8 @@ def to_rgb(image):
 
 def center_crop(image, size):
     """ADM's crop (arXiv 2105.05233): halve while twice too large, resize the short side, cut."""
+    if max(image.size) > 100 * min(image.size):
+        raise ValueError("a line, which would be enlarged beyond bounds")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)

@@ -9,6 +9,7 @@ the seed and on i alone, on any number of ranks; the same command again goes on 
 interruption.
 """
 
+import errno
 import json
 import math
 import shutil
@@ -30,6 +31,7 @@ from prepare_latents import (
     InputError,
     Progress,
     check_meta,
+    check_stored,
     fingerprint,
     is_in_file,
     is_whole,
@@ -53,19 +55,23 @@ def read_checkpoint(path):
     if not Path(path).is_file():
         raise InputError(f"{path} is not a file; a run's checkpoint is its last.pt")
     try:
+        check_stored(path)
         with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise ValueError("torch.save compresses nothing")
             if broken := archive.testzip():  # by the checksums that torch.save writes
                 raise ValueError(f"{broken} has another checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         check_meta(checkpoint["meta"], path)
+        json.dumps(checkpoint["args"])  # TypeError where it holds more than plain values
         whole = is_whole(checkpoint["step"]) and type(checkpoint["args"]["model"]) is str
         for name in ("net", "ema"):
             whole = whole and all(w.dtype == torch.float32 for w in checkpoint[name].values())
         if not whole:
             raise ValueError("it lacks a part")
+    except PermissionError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}); mend that") from None
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise  # a fault of the disk: the file may be good
         problem = f"{path} is damaged or no checkpoint of train.py ({type(error).__name__}: {error}"
         raise InputError(" ".join(problem.split())[:300] + ")") from None
     return checkpoint

@@ -19,7 +19,7 @@ import os
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -375,10 +375,17 @@ def bench(args, backward, update, sampler, net, meta, micro, num_neq, device, lo
 
 
 def catch_signals():
-    """From now on SIGNALS end nothing, and the list returned receives their numbers."""
+    """From now on SIGNALS end nothing, and the list returned receives their numbers. Only a third
+    Ctrl-C ends a run that hangs; torchrun repeats the first."""
     caught = []
+
+    def handler(number, _):
+        caught.append(number)
+        if caught.count(signal.SIGINT) == 2:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     for number in SIGNALS:
-        signal.signal(number, lambda number, _: caught.append(number))
+        signal.signal(number, handler)
     return caught
 
 
@@ -457,7 +464,8 @@ def parse_args(argv=None):
     add("--data", help="dataset directory, made by prepare_latents.py")
     add("--out", help="directory of the run; runs/MODEL-ACCEL where not given")
     add("--init-from", help="checkpoint of another run whose EMA weights to start from")
-    add("--seed", type=natural, default=0, help="of the weights, data order, times and noise")
+    seed = number(int, lambda n: 0 <= n < 2**63, "from 0 to 2^63 - 1")
+    add("--seed", type=seed, default=0, help="of the weights, data order, times and noise")
     add("--workers", type=natural, help="processes per rank that read the data")
     add("--log-every", type=count, help="steps between two lines of metrics")
     add("--sample-every", type=count, help="steps between two grids of one-step samples")
@@ -577,8 +585,12 @@ def main(args):
     # gloo carries what lies in a CPU's memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     rank, world, device = join_ranks(backend, TIMEOUT)
-    say = partial(print, flush=True) if rank == 0 else lambda *_: None
     refuse = partial(fail, alike=True)
+
+    def say(message, file=sys.stdout):
+        if rank == 0:
+            with suppress(OSError):  # where the log is on a full disk, or its reader is gone
+                print(message, file=file, flush=True)
 
     # Data, and how a global batch divides into micro-batches.
     try:
@@ -588,7 +600,7 @@ def main(args):
             wait_for_all()
         data = Dataset(args.data)
         meta, count, epoch = data.meta, len(data), data.epoch_length
-    except (ValueError, OSError) as error:
+    except InputError as error:
         if args.data not in ASSUMED or not (args.dry_run or args.bench):
             refuse(f"--data: {error}")
         count, shape, classes = ASSUMED[args.data]
@@ -777,8 +789,7 @@ def main(args):
             if rank == 0:
                 function(*args)
         except OSError as error:
-            message = f"warning: {what} could not be written, the run goes on: {error}"
-            print(message, file=sys.stderr, flush=True)
+            say(f"warning: the run goes on without {what}: {error}", file=sys.stderr)
             return False
         return True
 
@@ -810,9 +821,7 @@ def main(args):
                 error, t, r = max(found)
                 fault = step - len(rows) + bad[0].item()
                 lr = args.lr * min(1, (fault + 1) / max(args.warmup, 1))
-                kept = (
-                    f"{last} is of step {saved_at:,}" if saved_at else "no checkpoint was due yet"
-                )
+                kept = f"{last} is of step {saved_at:,}" if saved_at else "nothing was saved yet"
                 refuse(
                     f"loss or gradient not finite at step {fault:,}, which was not applied; "
                     f"learning rate {lr:g}, worst sample at t {t:.5g}, r {r:.5g} "
@@ -914,7 +923,7 @@ def main(args):
         history.append(torch.cat([stats[:3], grad_norm[None], stats[3:], worst]))
 
     del batches  # and with it the workers
-    if unsaved:
+    if largest(int(unsaved)):
         refuse(f"step {step:,} could not be saved; {last} is of step {saved_at:,}", code=1)
     if notice:
         leave_ranks()
