@@ -821,7 +821,8 @@ def read_image(path, size=None):
             image = to_rgb(ImageOps.exif_transpose(image))
             image = image if size is None else center_crop(image, size)
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise InputError(f"{path} cannot be read ({type(error).__name__})") from None
+        reason = error if type(error) is ValueError else type(error).__name__
+        raise InputError(f"{path} cannot be read ({reason})") from None
     return np.array(image).transpose(2, 0, 1)
 
 
