@@ -1497,6 +1497,12 @@ def test_a_run_is_not_resumed_by_another_command(glyphs, tmp_path, capsys):
     assert "--label-drop was 0.1, not 0.2, its --lr was 0.004, not 0.5; name another --out" in line
     assert "--workers was" not in line
     assert "--steps" in line.split("free are")[1]
+    damaged = bytearray(before)
+    damaged[len(before) // 2] ^= 1  # a bit of some weight
+    (tmp_path / "last.pt").write_bytes(damaged)
+    code, line = refusal(capsys, train, *same, "--steps", 2)
+    assert (code, "has another checksum" in line) == (2, True)
+    (tmp_path / "last.pt").write_bytes(before)
     prepare_latents.write_glyphs(tmp_path / "fewer", count=40)
     code, line = refusal(capsys, train, *same, "--data", tmp_path / "fewer")
     assert (code, "its --data had another count" in line) == (2, True)
@@ -1575,13 +1581,17 @@ def ended(processes, seconds=60):
 
 
 def same_run(one, two):
-    """Whether two runs ended with the same bits: weights, EMA, Adam, curriculum, pictures."""
+    """Whether two runs ended with the same bits: weights, EMA, Adam, curriculum, log, pictures."""
     states = [torch.load(out / "last.pt", weights_only=True) for out in (one, two)]
     for part in ("net", "ema", "pacer"):
         assert_close(states[0][part], states[1][part], rtol=0, atol=0)
     moments = [state["optimizer"]["state"] for state in states]
     assert_close(moments[0], moments[1], rtol=0, atol=0)
     assert states[0]["step"] == states[1]["step"]
+    rows = [metrics(out) for out in (one, two)]
+    for row in rows[0] + rows[1]:
+        del row["images_per_second"]
+    assert rows[0] == rows[1]
     grids = [train.grids(out / "samples") for out in (one, two)]
     assert grids[0].keys() == grids[1].keys()
     for picture in ("progress.png", *(f"samples/{path.name}" for path in grids[0].values())):
@@ -1716,7 +1726,6 @@ def test_torchrun_restarts_a_job_of_which_a_rank_was_killed(glyphs, tmp_path):
             ):
                 os.kill(int(process.name), signal.SIGKILL)
     assert job.wait() == 0
-    assert len([row for row in metrics(tmp_path / "killed") if row["step"] == 80]) == 1
     assert start("whole").wait() == 0
     same_run(tmp_path / "whole", tmp_path / "killed")
 
@@ -1738,6 +1747,21 @@ def test_a_rank_that_hangs_or_fails_ends_the_others_with_a_reason(glyphs, tmp_pa
         text = (tmp_path / log).read_text()
         assert words in text
         assert "Traceback" not in text
+
+
+def test_ranks_that_diverge_end_together_with_one_line(glyphs, tmp_path):
+    flags = ["--data", glyphs, "--out", tmp_path / "run", "--lr", 1e30, "--warmup", 0]
+    jobs = started(tmp_path / "log", *flags, "--steps", 9, ranks=2)
+    assert ended(jobs) == [1, 1]
+    assert (
+        len(
+            re.findall(
+                "not finite at step 1, .* worst sample at t 0", (tmp_path / "log").read_text()
+            )
+        )
+        == 1
+    )
+    assert "Traceback" not in (tmp_path / "log").read_text()
 
 
 def latent_dataset(path, count=64, bad=None):
