@@ -1508,6 +1508,9 @@ def test_a_run_is_not_resumed_by_another_command(glyphs, tmp_path, capsys):
     assert (code, "its --data had another count" in line) == (2, True)
     assert (tmp_path / "last.pt").read_bytes() == before
     assert run(glyphs, tmp_path, "--steps", 2)["step"] == 2
+    (tmp_path / "last.pt.tmp").touch()  # of a run that was killed as it saved
+    run(glyphs, tmp_path, "--steps", 2)
+    assert not (tmp_path / "last.pt.tmp").exists()
 
 
 def test_torchrun_on_two_ranks_trains_like_one_rank_that_accumulates(glyphs, tmp_path):
@@ -1627,6 +1630,7 @@ def test_a_run_stopped_at_any_step_ends_with_the_same_bits(
         said = f"{signal.Signals(number).name}: stopped after step {at + 1}"
         assert said in capsys.readouterr().out
         assert torch.load(out / "last.pt", weights_only=True)["step"] == at + 1
+        (out / "samples" / "00000099.png").touch()  # of an older run
         run(glyphs, out, *flags)
         same_run(tmp_path / "whole", out)
 
@@ -1665,15 +1669,16 @@ def test_on_other_ranks_a_run_goes_on_with_the_same_batches(glyphs, tmp_path, ca
     assert "micro-batches of 8, not 4 as before: other noise" in capsys.readouterr().out
 
 
-def test_ctrl_c_reaches_the_workers_too_and_leaves_no_traceback(glyphs, tmp_path):
+@pytest.mark.parametrize("number", train.SIGNALS)
+def test_a_notice_to_the_workers_too_leaves_no_traceback(glyphs, tmp_path, number):
     flags = ["--data", glyphs, "--out", tmp_path / "run", "--workers", 2, "--steps", 100_000]
     jobs = started(tmp_path / "log", *flags)
     seen(tmp_path / "log", "step 3/", jobs[0])
-    os.killpg(jobs[0].pid, signal.SIGINT)  # and so do a scheduler's notices
-    assert ended(jobs) == [128 + signal.SIGINT]
+    os.killpg(jobs[0].pid, number)  # as Ctrl-C and schedulers do
+    assert ended(jobs) == [128 + number]
     log = (tmp_path / "log").read_text()
     assert "Traceback" not in log
-    at = int(re.search(r"SIGINT: stopped after step ([\d,]+);", log)[1].replace(",", ""))
+    at = int(re.search(r"SIG\w+: stopped after step ([\d,]+);", log)[1].replace(",", ""))
     assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == at
 
 
@@ -1881,24 +1886,24 @@ def test_a_step_that_is_not_finite_is_not_applied(glyphs, tmp_path, monkeypatch,
         times.append((t, r))
         if next(calls) == 3:
             weight = options["bare"].label_embed.weight[0, 0]
-            value = value * math.nan if where == "loss" else value + (0 * weight).sqrt()
+            value = value + (math.nan if where == "loss" else (0 * weight).sqrt())
             errors = errors.clone()
             errors[6] = math.nan if where == "loss" else 1e9
         return value, errors
 
     monkeypatch.setattr(meanflow, "loss", diverging)
     flags = ["--data", glyphs, "--out", tmp_path, "--batch-size", 8, "--log-every", 5, "--steps", 9]
-    code, line = refusal(capsys, train, *flags, "--save-every", 2, "--warmup", 100, "--lr", 1e-2)
+    code, line = refusal(capsys, train, *flags, "--save-every", 3, "--warmup", 100, "--lr", 1e-2)
     t, r = (times_of[3][6].item() for times_of in zip(*times, strict=True))
     assert code == 1
     assert "not finite at step 3, which was not applied; learning rate 0.0004" in line
     assert f"worst sample at t {t:.5g}, r {r:.5g}" in line
-    assert "last.pt is of step 2" in line
+    assert "last.pt is of step 3" in line
     changed = [
         any((a != b).any() for a, b in zip(*pair, strict=True)) for pair in pairwise(weights)
     ]
-    assert changed == [True, True, True] + [False] * (len(changed) - 3)
-    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+    assert changed == [True, True, True, False]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
 
 
 def test_a_second_run_in_a_directory_is_refused_until_the_first_is_dead(glyphs, tmp_path, capsys):
