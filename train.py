@@ -581,8 +581,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    # Set-up: one process, or one per GPU under torchrun.
-    # gloo carries what lies in a CPU's memory.
+    # Set-up: one process, or one per GPU under torchrun; gloo carries what lies in a CPU's memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     rank, world, device = join_ranks(backend, TIMEOUT)
     refuse = partial(fail, alike=True)
