@@ -2562,6 +2562,7 @@ def test_fid_takes_images_and_statistics_of_every_kind(glyphs, inception, tmp_pa
         (["images.npz", "stats.npz", "--crop", "0"], "--crop"),
         (["text of mu.npz", "stats.npz"], "mu is <U9 (2048,), not numbers"),
         (["bomb.npz", "stats.npz"], "compressed more than pictures can be"),
+        (["long.npz", "stats.npz"], "arr_0 has not the size that it tells of"),
         (["broken", "stats.npz", "--workers", "1"], "1.png cannot be read"),
     ],
 )
@@ -2572,6 +2573,13 @@ def test_bad_input_of_fid_ends_in_one_clear_line(inception, tmp_path, capsys, fl
     np.savez(tmp_path / "stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
     np.savez(tmp_path / "text of mu.npz", mu=np.full(2048, "number 10"), sigma=np.eye(2048))
     np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((1000, 64, 64, 3), np.uint8))
+    archive = zipfile.ZipFile(tmp_path / "long.npz", "w")
+    with archive, archive.open("arr_0.npy", "w") as array:  # a picture short, before other bytes
+        header = {"descr": "|u1", "fortran_order": False, "shape": (3, 4, 4, 3)}
+        np.lib.format.write_array_header_1_0(array, header)
+        array.write(bytes(2 * 4 * 4 * 3))
+    with zipfile.ZipFile(tmp_path / "long.npz", "a") as archive:
+        archive.writestr("arr_1.npy", bytes(1000))
     (tmp_path / "text.npz").write_text("no zip at all")
     (tmp_path / "broken").mkdir()
     for name in "123":
