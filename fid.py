@@ -27,6 +27,7 @@ from prepare_latents import (
     Dataset,
     InputError,
     Progress,
+    damaged,
     default_workers,
     image_files,
     join_ranks,
@@ -292,8 +293,8 @@ def load_statistics(path):
                         raise ValueError(f"{name} is no number")
                 known[name] = float(file[name])
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
-        problem = " ".join(f"{path} cannot be read as an .npz ({error})".split())
-        raise InputError(f"{problem[:300]}; make it again or name another") from None
+        mend = "; make it again or name another"
+        raise damaged(f"{path} cannot be read as an .npz", error, mend) from None
     if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise InputError(f"{path} holds statistics that are not finite")
     return dict(mu=mu, sigma=sigma) | known
@@ -364,8 +365,8 @@ def map_npz(path):
     except InputError:
         raise
     except Exception as error:  # numpy and zipfile raise a dozen kinds for a damaged file
-        problem = " ".join(f"{path} cannot be read as an .npz ({error})".split())
-        raise InputError(f"{problem[:300]}; make it again or name another") from None
+        mend = "; make it again or name another"
+        raise damaged(f"{path} cannot be read as an .npz", error, mend) from None
 
 
 def collate(images):

@@ -96,6 +96,12 @@ def run_script(main):
         fail("interrupted", code=130)
 
 
+def damaged(what, error, mend=""):
+    """InputError of a file that a library could not read: `what`, and in a line why."""
+    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return InputError(f"{what} ({why}){mend}")
+
+
 def last_line(error):
     """What an error says; after the traceback where a worker of a loader met it."""
     return re.sub(r"^[\w.]*Error: ", "", str(error).splitlines()[-1])
@@ -340,9 +346,8 @@ class Dataset(torch.utils.data.Dataset):
                 raise InputError(
                     f"{path} is unfinished; run prepare_latents.py again, it goes on from there"
                 ) from None
-            problem = f"{path} holds no whole dataset ({type(error).__name__}: {error})"
-            problem = " ".join(problem.split())[:300]
-            raise InputError(f"{problem}; make one with prepare_latents.py") from None
+            mend = "; make one with prepare_latents.py"
+            raise damaged(f"{path} holds no whole dataset", error, mend) from None
         check_meta(meta, path / "meta.json")
         shape, num_labels = (meta["count"], *stored_shape(meta)), max(len(meta["classes"]), 1)
         if images.shape != shape or images.dtype != meta["dtype"]:
@@ -497,8 +502,7 @@ def load_weights(path):
     except FileNotFoundError:
         raise InputError(f"{path} is not a file") from None
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        problem = f"{path} is damaged or no file of weights ({type(error).__name__}: {error})"
-        raise InputError(" ".join(problem.split())[:300]) from None
+        raise damaged(f"{path} is damaged or no file of weights", error) from None
 
 
 def check_stored(path):

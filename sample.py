@@ -32,6 +32,7 @@ from prepare_latents import (
     Progress,
     check_meta,
     check_stored,
+    damaged,
     fingerprint,
     is_in_file,
     is_whole,
@@ -72,8 +73,7 @@ def read_checkpoint(path):
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise  # a fault of the disk: the file may be good
-        problem = f"{path} is damaged or no checkpoint of train.py ({type(error).__name__}: {error}"
-        raise InputError(" ".join(problem.split())[:300] + ")") from None
+        raise damaged(f"{path} is damaged or no checkpoint of train.py", error) from None
     return checkpoint
 
 
@@ -86,8 +86,7 @@ def load_checkpoint(path):
             net = build_network(args["model"], checkpoint["meta"], args["conditioning"])
         net.load_state_dict(checkpoint["ema"], assign=True)
     except Exception as error:
-        problem = f"{path} is no checkpoint of this version ({type(error).__name__}: {error}"
-        raise InputError(" ".join(problem.split())[:300] + ")") from None
+        raise damaged(f"{path} is no checkpoint of this version", error) from None
     return net, checkpoint
 
 

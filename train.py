@@ -398,7 +398,8 @@ def outlive_signals(_):
 
 def end_workers():
     """At the exit after an error, when Python would send them SIGTERM and wait for ever."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
+    if hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's raises where a worker is killed
     for worker in multiprocessing.active_children():
         worker.kill()
 
@@ -808,8 +809,8 @@ def main(args):
         s = schedules.training_progress(step, steps, args.beta_k)
 
         # The first step has a line of its own, so that a slow run shows at once how slow it is.
-        due = ended or step == start + 1 or step % (args.fid_every or steps) == 0
-        if history and (due or step % args.log_every == 0 or step % args.save_every == 0):
+        told = ended or step == start + 1 or step % (args.fid_every or steps) == 0
+        if history and (told or step % args.log_every == 0 or step % args.save_every == 0):
             rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
             rows, worst = rows[:, :-3], rows[:, -3:]
             bad = (~rows.isfinite().all(1)).nonzero()
@@ -848,8 +849,8 @@ def main(args):
             attempt("the metrics", append_row, out / "metrics.jsonl", {"step": step} | row)
             history.clear()
             affinities.clear()
-        due = ended or step % args.save_every == 0 or (unsaved and step % args.log_every == 0)
-        if step > start and due:
+        saves = ended or step % args.save_every == 0 or (unsaved and step % args.log_every == 0)
+        if step > start and saves:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "args": vars(args), "meta": meta, "micro": micro}
             state["torch"] = str(torch.__version__)
