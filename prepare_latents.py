@@ -98,8 +98,8 @@ def run_script(main):
 
 def damaged(what, error, mend=""):
     """InputError of a file that a library could not read: `what`, and in a line why."""
-    why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return InputError(f"{what} ({why}){mend}")
+    problem = f"{what} ({type(error).__name__}: {error}"
+    return InputError(" ".join(problem.split())[:300] + ")" + mend)
 
 
 def last_line(error):

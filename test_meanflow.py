@@ -2748,6 +2748,7 @@ def test_distance_of_samples_in_the_features_of_a_real_network():
     paths = sorted(glob.glob(os.environ["MEANFLOW_SAMPLES"]))
     for path in paths:
         images = rearrange(np.load(path)["arr_0"], "n h w c -> n c h w")
+        assert images.shape[1:] == data.images.shape[1:]
         distance = fid.frechet_distance(*reference, *statistics(images))
         print(f"\n{path}: {len(images):,} samples, distance {distance:.1f}", end="")
         assert 0 < distance < np.inf
