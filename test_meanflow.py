@@ -1340,7 +1340,7 @@ def test_defaults_of_a_named_model_are_the_papers():
                   r_neq_t=0.25, time_sampler="lognorm", time_mu=-0.4, time_sigma=1.0, steps=None,
                   adaptive_p=1.0, adaptive_c=1e-3, warmup=0, tangent=(0.0, 1.0),
                   conditioning="t,t-r", beta_k=1.0, snr_gamma=5.0, dtd_clusters=20,
-                  dtd_patience=200, dtd_cap=0.05, v_noise=0.0, gap=None)  # fmt: skip
+                  dtd_patience=200, dtd_cap=0.2, v_noise=0.0, gap=None)  # fmt: skip
     for model, epochs, omega, kappa, cfg_interval in [
         ("B/4", 240, 1.0, 0.5, (0.0, 1.0)),
         ("B/2", 240, 1.0, 0.5, (0.0, 1.0)),

@@ -503,7 +503,7 @@ def parse_args(argv=None):
     add("--snr-gamma", type=positive, default=5.0, help="minsnr: clip of the SNR")
     add("--dtd-clusters", type=count, default=20, help="dtd: stages")
     add("--dtd-patience", type=count, default=200, help="dtd: steps without progress in a stage")
-    add("--dtd-cap", type=share, default=0.05, help="dtd: share of the run for all stages, at most")
+    add("--dtd-cap", type=share, default=0.2, help="dtd: share of the run for all stages, at most")
     add("--v-noise", type=share, default=0.0, help="corrupt r = t targets by noise of size k |v|")
     add("--gap", type=share, nargs=2, metavar=("LO", "HI"), help="r < t samples: range of t - r")
 
