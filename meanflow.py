@@ -159,7 +159,7 @@ def sample(net, e, y, nfe=1, velocity=False, times=None):
 
     Each step is z_r = z_t - (t - r) u(z_t, r, t), Eq. 12; nfe = 1 is x = e - u(e, 0, 1). With
     velocity, u(z_t, t, t) takes the place of u(z_t, r, t): Euler on the instantaneous velocity
-    (arXiv 2511.19065v1, Tab. 5). times: decreasing, from 1 to 0 where e is noise; uniform where not given.
+    (arXiv 2511.19065v1, Tab. 5). times: decreasing, uniform from 1 to 0 where not given.
     """
     times = torch.linspace(1, 0, nfe + 1).tolist() if times is None else times
     z = e
