@@ -1,4 +1,4 @@
-"""The MeanFlow objective and its samplers (arXiv 2505.13447v1), in the paper's order.
+"""The MeanFlow objective and its sampler (arXiv 2505.13447v1), in the paper's order.
 
     z = (1 - t) x + t e,   v = e - x                                       interpolation
     v~ = omega v + kappa u(z, t, t | y) + (1 - omega - kappa) u(z, t, t)   guidance, Eq. 21
@@ -7,18 +7,54 @@
     z_r = z_t - (t - r) u(z_t, r, t)                                       sampling, Eq. 12
 
 t = 1 is noise, t = 0 is data, r <= t. A network is any callable net(z, r, t, y) -> u shaped like z.
-
-A batch is laid out with its r = t samples first and its r < t samples last, in fixed numbers: where
-r = t the JVP is multiplied by zero, so it is taken of the last slice alone, and slices keep shapes
-static. Nothing in the target needs a gradient, so no graph of it is ever built.
+`textbook_loss` is the algorithm as the paper prints it, `loss` the same for two thirds of the cost.
 """
 
-import warnings
+import copy
+import operator
+from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
+from torch import nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+aten = torch.ops.aten
+
+# ---------------------------------------------------------------------------- the objective
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The constants of the loss; the defaults are MeanFlow without guidance.
+
+    omega, kappa: guidance inside the target, Eq. 21; the effective scale is omega / (1 - kappa).
+    It applies where t is in cfg_interval and the label is not null_label.
+    tangent: (dr, dt) of the JVP; any other than (0, 1) is deliberately wrong, Tab. 1b.
+    p, c: adaptive weight, Eq. 22. differs: c = 1e-3 as in the paper; the authors' code has 0.01.
+    """
+
+    null_label: int = 0
+    omega: float = 1.0
+    kappa: float = 0.0
+    cfg_interval: tuple = (0.0, 1.0)
+    tangent: tuple = (0.0, 1.0)
+    p: float = 1.0
+    c: float = 1e-3
+
+    @property
+    def guided(self):
+        return (self.omega, self.kappa) != (1, 0)
+
+
+def expand(a, like):
+    """(B,) -> (B, 1, 1, 1), to broadcast over `like`."""
+    return a.view(-1, *[1] * (like.dim() - 1))
 
 
 def interpolate(x, e, t):
@@ -37,9 +73,82 @@ def drop_labels(y, null_label, p, generator=None):
     return torch.where(drop, null_label, y)
 
 
-def guided_velocity(v, u_label, u_null, omega, kappa):
-    """v~ of Eq. 21, or 19 where kappa = 0; the effective guidance scale is omega / (1 - kappa)."""
-    return omega * v + kappa * u_label + (1 - omega - kappa) * u_null
+def guided_velocity(v, u_label, u_null, t, y, objective):
+    """v~ of Eq. 21, or of Eq. 19 where kappa = 0; v where t or y is not guided. All (B, ...)."""
+    omega, kappa, (lo, hi) = objective.omega, objective.kappa, objective.cfg_interval
+    guided = omega * v + kappa * u_label + (1 - omega - kappa) * u_null
+    return torch.where(expand((t >= lo) & (t <= hi) & (y != objective.null_label), v), guided, v)
+
+
+def target(v, r, t, dudt):
+    """u_tgt = v~ - (t - r) du/dt, Eq. 10 and 18."""
+    return v - expand(t - r, v) * dudt
+
+
+def weighted_error(u, u_tgt, weight, objective):
+    """Mean of w |u - u_tgt|^2, w = 1 / (|.|^2 + c)^p without gradient, Eq. 22; and the errors.
+
+    |.|^2 is summed over C, H, W. weight: (B,) alpha or beta; it multiplies the loss after the
+    adaptive weight, which would otherwise cancel it (arXiv 2511.19065v1, App. B).
+    The errors are |u - u_tgt|^2 / (C H W) of each sample, (B,), without gradient. They show
+    progress; the loss does not: with p = 1 it is about 1 however good u is.
+    """
+    squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
+    w = 1 / (squared_error.detach() + objective.c) ** objective.p  # (B,)
+    return (weight * w * squared_error).mean(), squared_error.detach() / u[0].numel()
+
+
+def textbook_loss(net, x, e, r, t, y, weight=1.0, objective=Objective()):
+    """Algorithm 1 as printed, with Eq. 21's guidance: for reading, the tests and --bench.
+
+    x, e: (B, C, H, W) data and noise; r, t: (B,); y: (B,) labels. Returns as `weighted_error`.
+    """
+    z, v = interpolate(x, e, t)  # (B, C, H, W)
+    if objective.guided:
+        with torch.no_grad():
+            u_label = net(z, t, t, y) if objective.kappa else 0
+            u_null = net(z, t, t, torch.full_like(y, objective.null_label))
+        v = guided_velocity(v, u_label, u_null, t, y, objective)
+    dr, dt = (torch.full_like(t, d) for d in objective.tangent)
+    with sdpa_kernel(SDPBackend.MATH):  # the only attention with forward-mode derivatives
+        u, dudt = jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), (v, dr, dt))
+    u_tgt = target(v, r, t, dudt).detach()
+    return weighted_error(u, u_tgt, weight, objective)
+
+
+# ---------------------------------------------------------------------------- the economical step
+
+
+def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise=None):
+    """`textbook_loss` of a batch whose first samples have r = t and whose last num_neq have r < t.
+
+    Three things make it cheaper. Where r = t the JVP is multiplied by zero, so it is taken of the
+    last samples alone. The target has no gradient, so the JVP has no graph and is carried along the
+    one forward of the whole batch (`WithTangent`). And where r = t that forward gives the
+    u(z, t, t | y) that guidance needs. With fixed sizes, no shape depends on data.
+
+    net: any network; a `WithTangent`, also inside DDP, carries the tangents, others are
+    differentiated by torch.func.jvp. v_noise: like x, added to the target where r = t.
+    """
+    if not isinstance(net, (WithTangent, DistributedDataParallel)):
+        net = WithTangent(net, carried=False)
+    bare = net.module if isinstance(net, DistributedDataParallel) else net  # for no-grad forwards
+    n = len(x) - num_neq  # samples with r = t
+    z, v = interpolate(x, e, t)  # (B, C, H, W)
+    v_eq, v_neq = v[:n], v[n:]
+
+    if objective.guided:
+        with torch.no_grad():
+            u_null = bare(z, t, t, torch.full_like(y, objective.null_label))  # (B, C, H, W)
+            u_label = bare(z[n:], t[n:], t[n:], y[n:]) if objective.kappa and num_neq else 0
+        v_neq = guided_velocity(v_neq, u_label, u_null[n:], t[n:], y[n:], objective)
+    u, dudt = net(z, r, t, y, v_neq, objective.tangent)  # (B, C, H, W), (num_neq, C, H, W)
+    if objective.guided:
+        v_eq = guided_velocity(v_eq, u[:n].detach(), u_null[:n], t[:n], y[:n], objective)
+    if v_noise is not None:
+        v_eq = v_eq + v_noise[:n]
+    u_tgt = torch.cat([v_eq, target(v_neq, r[n:], t[n:], dudt)])  # (B, C, H, W)
+    return weighted_error(u, u_tgt, weight, objective)
 
 
 def corruption(v, k, generator=None):
@@ -51,106 +160,7 @@ def corruption(v, k, generator=None):
     return k * size * torch.randn(v.shape, generator=generator, device=v.device)
 
 
-def total_derivative(net, z, r, t, y, v, tangent=(0.0, 1.0)):
-    """du/dt = v . du/dz + dr . du/dr + dt . du/dt by one JVP, Eq. 8. tangent: (dr, dt).
-
-    The tangents other than (0, 1) are the deliberately wrong ones of Tab. 1b.
-    """
-    dr, dt = tangent
-    tangents = (v, torch.full_like(r, dr), torch.full_like(t, dt))
-    # A JVP of a compiled module would not be compiled, and would spoil what is: hence forward. Of
-    # scaled_dot_product_attention's backends, MATH alone has forward-mode derivatives.
-    forward = getattr(net, "forward", net)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-        return jvp(lambda z, r, t: forward(z, r, t, y), (z, r, t), tangents)[1]
-
-
-def value_and_derivative(net, bare, z, r, t, y, v, tangent=(0.0, 1.0)):
-    """u of all samples, with its graph, and du/dt along v, (m, ...), of the last m, without one.
-
-    A DiT gives both at once, its tangents carried along with the forward (model.Dual). Any other
-    network is differentiated by total_derivative, and so is from then on one that has refused.
-    """
-    if len(v) == 0:
-        return net(z, r, t, y).to(v.dtype), v
-    last = slice(len(z) - len(v), len(z))
-    if getattr(bare, "carries_tangents", False):
-        dr, dt = (torch.full_like(t[last], d) for d in tangent)
-        try:
-            u, dudt = net(z, r, t, y, (v, dr, dt))
-            return u.to(v.dtype), dudt.to(v.dtype)
-        except torch.OutOfMemoryError:
-            raise
-        except (NotImplementedError, AttributeError, TypeError, RuntimeError) as error:
-            # A layer of a fork: were it wrong without a Dual, too, that shows below.
-            why = f"{type(error).__name__}: {error}; see RULES in model.py"
-            warnings.warn(f"du/dt by the slower torch.func.jvp from here on; {why}", stacklevel=2)
-            bare.carries_tangents = False
-    u = net(z, r, t, y).to(v.dtype)
-    return u, total_derivative(bare, z[last], r[last], t[last], y[last], v, tangent)
-
-
-def target(v, r, t, dudt):
-    """u_tgt = v~ - (t - r) du/dt, Eq. 10 and 18."""
-    return v - expand(t - r, v) * dudt
-
-
-def adaptive_weight(squared_error, p=1.0, c=1e-3):
-    """w = 1 / (|Delta|^2 + c)^p, Eq. 22, without gradient. |Delta|^2: (B,), summed over C, H, W.
-
-    differs: c = 1e-3 as the paper says; the authors' code has 0.01.
-    """
-    return 1 / (squared_error.detach() + c) ** p
-
-
-def loss(
-    net, x, e, r, t, y, num_neq, weight, bare=None, null_label=None, omega=1.0, kappa=0.0,
-    cfg_interval=(0.0, 1.0), tangent=(0.0, 1.0), p=1.0, c=1e-3, v_noise=None,
-):  # fmt: skip
-    """MeanFlow loss of a batch whose last num_neq samples have r < t and whose others have r = t.
-
-    x, e: (B, C, H, W) data and noise; r, t: (B,); y: (B,) labels, of which some may be null_label.
-    weight: (B,) alpha(t) of the r = t samples, beta(t - r) of the others. It multiplies the loss
-    after the adaptive weight, which would otherwise cancel it (arXiv 2511.19065v1, App. B).
-    net runs once, with a graph; bare is the same network without its DDP wrapper, for guidance, and
-    for du/dt where it carries no tangents.
-    omega, kappa: guidance, in force where t is in cfg_interval and the label is not null.
-    v_noise: like x, added to the target of the r = t samples to corrupt it.
-
-    Returns the mean loss and |u - u_tgt|^2 / (C H W) of each sample, (B,), without gradient. It is
-    the second that tells of progress: with p = 1 the loss of a sample is 1 however good u is.
-    """
-    bare = net if bare is None else bare
-    eq, neq = slice(0, len(x) - num_neq), slice(len(x) - num_neq, len(x))
-    z, v = interpolate(x, e, t)  # (B, C, H, W)
-
-    guided = omega != 1 or kappa != 0
-    if guided:
-        # Needed: u(z, t, t) under the null label for all and, if kappa is not 0, under their own
-        # for all. Of the latter the training forward computes the r = t samples'.
-        extra = neq if kappa else slice(0, 0)
-        y_null = torch.full_like(y, null_label)
-        z_tt, t_tt, y_tt = (torch.cat([a, b[extra]]) for a, b in ((z, z), (t, t), (y_null, y)))
-        with torch.no_grad():
-            u_null, u_label = bare(z_tt, t_tt, t_tt, y_tt).to(v.dtype).tensor_split([len(x)])
-        inside = (t >= cfg_interval[0]) & (t <= cfg_interval[1]) & (y != null_label)
-
-    def guide(part, u_label):
-        if not guided:
-            return v[part]
-        v_guided = guided_velocity(v[part], u_label, u_null[part], omega, kappa)
-        return torch.where(expand(inside[part], v), v_guided, v[part])
-
-    v_neq = guide(neq, u_label if kappa else 0)  # first, since the JVP goes along it
-    u, dudt = value_and_derivative(net, bare, z, r, t, y, v_neq, tangent)
-    v_eq = guide(eq, u[eq].detach())
-    if v_noise is not None:
-        v_eq = v_eq + v_noise[eq]
-    u_tgt = torch.cat([v_eq, target(v_neq, r[neq], t[neq], dudt)])  # (B, C, H, W)
-
-    squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
-    losses = weight * adaptive_weight(squared_error, p, c) * squared_error  # (B,)
-    return losses.mean(), squared_error.detach() / x[0].numel()
+# ---------------------------------------------------------------------------- sampling
 
 
 @torch.no_grad()
@@ -159,7 +169,7 @@ def sample(net, e, y, nfe=1, velocity=False, times=None):
 
     Each step is z_r = z_t - (t - r) u(z_t, r, t), Eq. 12; nfe = 1 is x = e - u(e, 0, 1). With
     velocity, u(z_t, t, t) takes the place of u(z_t, r, t): Euler on the instantaneous velocity
-    (arXiv 2511.19065v1, Tab. 5). times: decreasing, uniform from 1 to 0 where not given.
+    (arXiv 2511.19065v1, Tab. 5). times: decreasing; None is uniform from 1 to 0.
     """
     times = torch.linspace(1, 0, nfe + 1).tolist() if times is None else times
     z = e
@@ -170,6 +180,256 @@ def sample(net, e, y, nfe=1, velocity=False, times=None):
     return z
 
 
-def expand(a, like):
-    """(B,) -> (B, 1, 1, 1), to broadcast over `like`."""
-    return a.view(-1, *[1] * (like.dim() - 1))
+# ---------------------------------------------------------------------------- task affinity
+
+
+def affinity(net, x, e, y, sample_times, pairs_of_gaps, objective):
+    """Cosine of the gradient of the r = t loss with that of the r < t loss in each range of gaps,
+    arXiv 2511.19065v1, Sec. 4.3: (ranges,). Leaves the gradients in .grad alone.
+
+    sample_times(num_eq, num_neq, pairs=None) -> t, r; pairs_of_gaps: `schedules.time_pairs` of
+    each range. differs: the paper does not say which samples and weights are used. Here all the
+    gradients are of one batch, as a whole with r = t or with r < t, without alpha and beta.
+    """
+    trained = [p for p in net.parameters() if p.requires_grad]
+
+    def gradient(num_neq, pairs=None):
+        t, r = sample_times(len(x) - num_neq, num_neq, pairs=pairs)
+        value, _ = loss(net, x, e, r, t, y, num_neq, 1.0, objective)
+        return torch.autograd.grad(value, trained)
+
+    def dot(a, b):
+        return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()
+
+    of_v, cosines = gradient(0), []
+    for pairs in pairs_of_gaps:
+        of_u = gradient(len(x), pairs)
+        cosines.append(dot(of_u, of_v) / (dot(of_u, of_u) * dot(of_v, of_v)).sqrt())
+    return torch.stack(cosines)
+
+
+# ---------------------------------------------------------------------------- tangents
+
+
+class WithTangent(nn.Module):
+    """net(z, r, t, y), whose one forward can also give du/dt of the last samples of a batch.
+
+    This module is what DDP wraps and torch.compile compiles. carried: the tangents pass through the
+    network beside the values, as `Dual`s; otherwise torch.func.jvp runs those samples again.
+    """
+
+    def __init__(self, net, carried=True):
+        super().__init__()
+        self.net, self.carried = net, carried
+
+    def forward(self, z, r, t, y, v=None, tangent=(0.0, 1.0)):
+        """u (B, C, H, W); with v (m, C, H, W), the velocity of the last m samples, (u, du/dt).
+
+        du/dt = v . du/dz + dr . du/dr + dt . du/dt of those m, Eq. 8, without gradient.
+        """
+        if v is None:
+            return self.net(z, r, t, y).to(z.dtype)
+        n = len(z) - len(v)
+        dr, dt = (torch.full_like(t[n:], d) for d in tangent)
+        if len(v) == 0:
+            u, dudt = self.net(z, r, t, y), v
+        elif self.carried:
+            u = self.net(Dual(z, v), Dual(r, dr), Dual(t, dt), y)
+            u, dudt = u.value, u.tangent
+        else:
+            u = self.net(z, r, t, y)
+            last = tuple(a[n:].clone() for a in (z, r, t))  # torch.compile fails with views
+            with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+                dudt = jvp(lambda z, r, t: self.net(z, r, t, y[n:]), last, (v, dr, dt))[1]
+        return u.to(z.dtype), dudt.to(z.dtype)
+
+
+@torch.no_grad()
+def why_not_carried(net, shape):
+    """'' where Duals give the du/dt of torch.func.jvp, else the reason in one line.
+
+    shape: (C, H, W) of z. A copy of net with random weights is tried, since the u of a new network
+    is 0; three samples with the tangents of two, since a layer may mix samples.
+    """
+    net, device = copy.deepcopy(net), next(net.parameters()).device
+    generator = torch.Generator(device).manual_seed(0)
+    for parameter in net.parameters():
+        parameter.normal_(std=0.1, generator=generator)
+    z, v = torch.randn(2, 3, *shape, generator=generator, device=device)
+    t, y = torch.tensor([0.3, 0.6, 0.9], device=device), torch.zeros(3, dtype=torch.long).to(device)
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # TF32 would hide a small difference
+    _, expected = WithTangent(net, carried=False)(z, t / 2, t, y, v[1:])
+    try:
+        _, dudt = WithTangent(net)(z, t / 2, t, y, v[1:])
+    except Exception as error:  # the network alone has just run, so that a Dual is the reason
+        return " ".join(f"{type(error).__name__}: {error}".split())
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    error = (dudt - expected).norm() / expected.norm()
+    return "" if error < 1e-3 else f"du/dt differs by {error:.1e} from torch.func.jvp's"
+
+
+def apply(function, *args, **kwargs):
+    return Dual.__torch_function__(function, (), args, kwargs)
+
+
+def operation(function, reflected=False):
+    return lambda *args: apply(function, *(args[::-1] if reflected else args))
+
+
+class Dual:
+    """A value of a batch, (B, ...), and the tangent of its last m samples, (m, ...).
+
+    torch's functions, and so its modules, take a Dual for a tensor: they compute the value as ever,
+    with its graph, and the tangent by the function's rule in RULES, without one. That is
+    forward-mode differentiation of m samples alone, and no layer runs twice. A function without a
+    rule raises NotImplementedError.
+    """
+
+    def __init__(self, value, tangent):
+        self.value, self.tangent = value, tangent.to(value.dtype)
+        self.dtype, self.device, self.shape = value.dtype, value.device, value.shape
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        name, kwargs = ALIASES.get(function.__name__, function.__name__), kwargs or {}
+        if name not in RULES and name not in LINEAR:
+            raise NotImplementedError(f"no rule for the tangent of {name}")
+        if any(isinstance(a, Dual) for a in kwargs.values()):
+            raise NotImplementedError(f"a Dual as a named argument of {name}")
+        with torch.no_grad():  # the tangent first, as the function may work in place
+            if name in LINEAR:
+                dy = function(*each(args, lambda a: a.tangent, zero), **kwargs)
+            else:
+                d = each(args, lambda a: a.tangent, lambda a: 0)
+                dy = RULES[name](d, *each(args, lambda a: a.value[-len(a.tangent) :]), **kwargs)
+        y = function(*each(args, lambda a: a.value), **kwargs)
+        if isinstance(y, torch.Tensor):
+            result = Dual(y, dy.expand(-1, *y.shape[1:]))
+        else:
+            result = tuple(map(Dual, y, dy))
+        sizes = []
+        each([*args, result], lambda a: sizes.append((len(a.value), len(a.tangent))))
+        if len(set(sizes)) > 1:
+            raise NotImplementedError(f"{name} does not leave the batch as it is")
+        return result
+
+    def __getattr__(self, name):  # x.cos() is torch.cos(x)
+        home = torch.Tensor if name in ("view", "reshape") else torch
+        if not callable(function := getattr(home, name, None)):
+            raise AttributeError(f"a Dual has no {name}")
+        return partial(apply, function, self)
+
+    def __getitem__(self, index):
+        if not isinstance(index, tuple) or index[0] != slice(None):
+            raise NotImplementedError("a part of the batch")
+        return Dual(self.value[index], self.tangent[index])
+
+    def __eq__(self, other=None):
+        raise NotImplementedError("a Dual in a comparison or as a condition")
+
+    __bool__ = __eq__
+    __add__ = __radd__ = operation(operator.add)
+    __mul__ = __rmul__ = operation(operator.mul)
+    __sub__, __rsub__ = operation(operator.sub), operation(operator.sub, reflected=True)
+    __truediv__ = operation(operator.truediv)
+    __rtruediv__ = operation(operator.truediv, reflected=True)
+    __pow__, __neg__ = operation(operator.pow), operation(operator.neg)
+
+
+def each(args, of_dual, of_constant=lambda a: a):
+    """The arguments of a torch function, lists of them too: each Dual through of_dual, the others
+    through of_constant."""
+    return [
+        each(a, of_dual, of_constant)
+        if isinstance(a, (list, tuple))
+        else (of_dual if isinstance(a, Dual) else of_constant)(a)
+        for a in args
+    ]
+
+
+def zero(a):
+    """The tangent of a constant, where a function is linear; what is no tensor stays as it is."""
+    return torch.zeros_like(a) if isinstance(a, torch.Tensor) else a
+
+
+def reshape_tangent(d, x, *shape):
+    shape = shape[0] if isinstance(shape[0], (list, tuple)) else shape
+    return d[0].reshape(len(d[0]), *shape[1:])  # shape[0] is the whole batch's size, or -1
+
+
+def pow_tangent(d, x, n):
+    if isinstance(d[1], torch.Tensor):
+        raise NotImplementedError("a Dual as an exponent")
+    return n * x ** (n - 1) * d[0]
+
+
+def softmax_tangent(d, x, dim, _stacklevel=3, dtype=None):
+    p = x.softmax(dim)
+    return p * (d[0] - (p * d[0]).sum(dim, keepdim=True))
+
+
+def layer_norm_tangent(d, x, shape, weight=None, bias=None, eps=1e-5):
+    _, mean, rstd = torch.native_layer_norm(x, shape, None, None, eps)
+    only_x = (True, False, False)
+    dx = aten.native_layer_norm_backward(d[0], x, shape, mean, rstd, None, None, only_x)[0]
+    return dx if weight is None else dx * weight
+
+
+def rms_norm_tangent(d, x, shape, weight=None, eps=None):
+    dims, eps = tuple(range(-len(shape), 0)), torch.finfo(x.dtype).eps if eps is None else eps
+    rstd = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
+    dx = rstd * (d[0] - x * rstd**2 * (x * d[0]).mean(dims, keepdim=True))
+    return dx if weight is None else dx * weight
+
+
+def attention_tangent(d, q, k, v):
+    (dq, dk, dv), scale = d, q.shape[-1] ** -0.5
+    p = (scale * q @ k.mT).softmax(-1)  # (m, heads, N, N)
+    p_ds = p * (scale * (dq @ k.mT + q @ dk.mT))
+    return (p_ds - p * p_ds.sum(-1, keepdim=True)) @ v + p @ dv
+
+
+# Tangents by the name of the function: from the tangents d of its arguments, 0 for a constant, and
+# the arguments. The Jacobians of SiLU, GELU and the normalisation are symmetric: their backward is
+# their forward derivative. The attention's matrix is computed anew: flash attention keeps none.
+RULES = {
+    "add": lambda d, a, b: d[0] + d[1],
+    "sub": lambda d, a, b: d[0] - d[1],
+    "mul": lambda d, a, b: d[0] * b + a * d[1],
+    "div": lambda d, a, b: (d[0] - a / b * d[1]) / b,
+    "pow": pow_tangent,
+    "neg": lambda d, x: -d[0],
+    "exp": lambda d, x: x.exp() * d[0],
+    "cos": lambda d, x: -x.sin() * d[0],
+    "sin": lambda d, x: x.cos() * d[0],
+    "tanh": lambda d, x: (1 - x.tanh() ** 2) * d[0],
+    "sigmoid": lambda d, x: x.sigmoid() * (1 - x.sigmoid()) * d[0],
+    "silu": lambda d, x, inplace=False: aten.silu_backward(d[0], x),
+    "gelu": lambda d, x, approximate="none": aten.gelu_backward(d[0], x, approximate=approximate),
+    "softmax": softmax_tangent,
+    "linear": lambda d, x, weight, bias=None: F.linear(d[0], weight),
+    "layer_norm": layer_norm_tangent,
+    "rms_norm": rms_norm_tangent,
+    "scaled_dot_product_attention": attention_tangent,
+    "reshape": reshape_tangent,
+}
+# Linear functions: the function itself, of the tangents.
+LINEAR = {"cat", "stack", "chunk", "unbind", "transpose", "unflatten", "flatten"}
+LINEAR |= {"pixel_unshuffle", "pixel_shuffle"}
+ALIASES = {"truediv": "div", "__truediv__": "div", "view": "reshape"}  # what Python and torch call
+
+
+def checkpointed(block, x, c):
+    """block(x, c), with only its inputs kept for the backward, which runs it again; for Duals too,
+    whose tensors are passed one by one, since torch.compile lets nothing else through."""
+    if not isinstance(x, Dual):
+        return checkpoint(block, x, c, use_reentrant=False)
+
+    def unpacked(x, dx, c, dc):
+        y = block(Dual(x, dx), Dual(c, dc))
+        return y.value, y.tangent
+
+    args = x.value, x.tangent, c.value, c.tangent
+    return Dual(*checkpoint(unpacked, *args, use_reentrant=False))
