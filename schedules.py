@@ -2,11 +2,11 @@
 
 The base distribution of times is MeanFlow's (arXiv 2505.13447v1, Sec. 4.3). Around it stand the
 three parts of the improved training (arXiv 2511.19065v1, Sec. 5 and App. B): the progressive weight
-beta on samples with r < t, and two ways to form the instantaneous velocity early, MinSNR's weight
-alpha on samples with r = t, or DTD's curriculum over times.
+beta on samples with r < t, and two ways to form the instantaneous velocity early, a weight alpha on
+samples with r = t (MinSNR's) or DTD's curriculum over times.
 
-A base distribution is given by its quantile function q -> t. Uniform q sample it, uniform q from
-the upper end alone truncate it to its noisiest part, and a midpoint rule in q integrates over it.
+A base distribution is given by its quantile function q -> t. Uniform q sample it, uniform q near 1
+alone truncate it to its noisiest part, and a midpoint rule in q integrates over it.
 """
 
 import torch
@@ -33,8 +33,8 @@ def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None):
     with r = t see the distribution of the larger of two draws (arXiv 2505.13447v1, Sec. 4.3).
 
     mass: the share of the base distribution in use, its largest times (float or 0-d tensor in
-    (0, 1]); below 1 in DTD's early stages. pairs: (2, K) from `time_pairs`; where given, (t, r) of
-    the samples with r < t are drawn from it. Returns t, r: (num_eq + num_neq,) float32, on the
+    (0, 1]); below 1 in DTD's early stages. pairs: (2, K) from `time_pairs`, from which (t, r) of
+    the samples with r < t are then drawn. Returns t, r: (num_eq + num_neq,) float32, on the
     generator's device.
     """
     device = generator.device if generator else "cpu"
@@ -48,23 +48,37 @@ def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None):
     return t, r
 
 
-def time_pairs(quantile, gap=(0.0, 1.0), grid=1024):
+def midpoints(grid):
+    return (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+
+
+def time_pairs(quantile, gap, grid=1024):
     """(t, r) of every two points of a lattice of quantiles whose gap t - r lies in `gap`: (2, K).
 
-    The pairs are equally likely, so a mean over them is an expectation over the r < t samples
-    (midpoint rule, error of order 1 / grid^2). K is 0 where no pair has such a gap.
+    The pairs are equally likely, so a mean over them is an expectation over r < t samples with such
+    gaps (midpoint rule). K is 0 where no pair has such a gap.
     """
-    times = quantile((torch.arange(grid, dtype=torch.float64) + 0.5) / grid)
-    a, b = torch.cartesian_prod(times, times).T
+    a, b = torch.cartesian_prod(*[quantile(midpoints(grid))] * 2).T
     t, r = torch.maximum(a, b), torch.minimum(a, b)
     inside = (t - r >= gap[0]) & (t - r <= gap[1])
     return torch.stack([t[inside], r[inside]])
 
 
-def beta_lambda(pairs):
-    """lambda = 1 / E[1 - dt] over `time_pairs`, arXiv 2511.19065v1, Sec. 5. Default: 1.3045."""
-    t, r = pairs
-    return 1 / (1 - (t - r).mean().item())
+def mean_over_v_samples(function, quantile, grid=100_000):
+    """E[function(t)] over samples with r = t: the larger of two draws, whose q has density 2 q."""
+    q = midpoints(grid)
+    return (2 * q * function(quantile(q))).mean().item()
+
+
+def beta_lambda(quantile, pairs=None):
+    """lambda = 1 / E[1 - dt], arXiv 2511.19065v1, Sec. 5, over `pairs` or any two draws.
+
+    For two draws E[dt] = 2 (E[the larger] - E[one]). Default times: lambda = 1.3045.
+    """
+    if pairs is not None:
+        return 1 / (1 - (pairs[0] - pairs[1]).mean().item())
+    mean = quantile(midpoints(100_000)).mean().item()
+    return 1 / (1 - 2 * (mean_over_v_samples(lambda t: t, quantile) - mean))
 
 
 def training_progress(step, steps, k=1.0):
@@ -88,14 +102,10 @@ def minsnr(t, gamma=5.0):
     return torch.minimum((1 - t) ** 2, gamma * t**2)
 
 
-def minsnr_mean(quantile, gamma=5.0, grid=100_000):
-    """E[minsnr(t)] over the samples with r = t, whose q has density 2 q. Default: 0.21548.
-
-    differs: the papers do not say how alpha is scaled. alpha = minsnr / minsnr_mean has mean 1, so
-    it re-weights the r = t samples among themselves and leaves their share of the loss alone.
-    """
-    q = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    return (2 * q * minsnr(quantile(q), gamma)).mean().item()
+# Weights alpha(t) of samples with r = t, by the name of their --accel; each takes (t, gamma).
+# differs: the papers do not say how alpha is scaled. train.py divides it by `mean_over_v_samples`:
+# so it re-weights the samples with r = t among themselves and leaves their share of the loss alone.
+ALPHAS = {"minsnr": minsnr}
 
 
 class DTD(nn.Module):
@@ -109,15 +119,15 @@ class DTD(nn.Module):
     differs: the papers leave open which times, which loss paces, and for how long. Here t and r are
     both drawn from the slices in use, which also keeps early gaps short; the loss is the unweighted
     squared error per dimension (the adaptively weighted one is about 1 whatever happens), smoothed
-    by an EMA; patience is 200 steps by default; and stage n begins by step
-    cap (n - 1) / (clusters - 1) at the latest, so that from step `cap` on all times are in use.
+    by an EMA; and all times are in use after the share `cap` of the run's `steps`, since stage n
+    begins by step cap steps (n - 1) / (clusters - 1) at the latest.
     """
 
     SMOOTHING = 0.95  # of the loss's EMA: a window of about 20 steps
 
-    def __init__(self, clusters=20, patience=200, cap=1):
+    def __init__(self, steps, clusters=20, patience=200, cap=0.2):
         super().__init__()
-        self.clusters, self.patience, self.cap = clusters, patience, max(cap, 1)
+        self.clusters, self.patience, self.last = clusters, patience, max(cap * steps, 1)
         self.register_buffer("stage", torch.tensor(1.0))
         self.register_buffer("smoothed", torch.tensor(torch.inf))  # inf: no loss seen in this stage
         self.register_buffer("best", torch.tensor(torch.inf))
@@ -134,7 +144,7 @@ class DTD(nn.Module):
         first = self.smoothed.isinf()
         smoothed = torch.where(first, v_loss, torch.lerp(v_loss, self.smoothed, self.SMOOTHING))
         waited = torch.where(smoothed < self.best, 0.0, self.waited + 1)
-        latest = 1 + int((self.clusters - 1) * min((step + 1) / self.cap, 1))
+        latest = 1 + int((self.clusters - 1) * min((step + 1) / self.last, 1))
         stage = (self.stage + (waited >= self.patience)).clamp(min=latest, max=self.clusters)
         moved = stage > self.stage  # another stage has another loss: begin to compare afresh
         self.smoothed.copy_(torch.where(moved, torch.inf, smoothed))
