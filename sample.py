@@ -5,42 +5,35 @@
     torchrun --nproc_per_node=8 sample.py CKPT --vae FILE --num-samples 50000 --out samples.npz
 
 The last writes uint8 (N, H, W, C) as arr_0, the layout of ADM's evaluation. Picture i depends on
-the seed and on i alone, on any number of ranks; the same command again goes on after an
-interruption.
+the seed and on i alone, on any number of ranks. The same command again resumes.
 """
 
-import errno
+import argparse
 import json
 import math
 import shutil
-import sys
 import zipfile
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from einops import rearrange
 from PIL import Image
 
 import meanflow
-from model import DiT
+from model import build
 from prepare_latents import (
-    ArgumentParser,
     Background,
-    InputError,
     Progress,
-    check_meta,
-    check_stored,
-    damaged,
+    fail,
     fingerprint,
-    is_in_file,
-    is_whole,
     join_ranks,
+    leave_ranks,
+    load_strictly,
     load_vae,
     lock,
+    one_line,
     replace_file,
-    run_script,
     save_grid,
     to_image,
     to_pixels,
@@ -49,51 +42,24 @@ from prepare_latents import (
 
 
 def read_checkpoint(path):
-    """What train.py saved in a file, mapped: nothing in it is executed, every byte is checked.
-
-    InputError where it is anything else, or damaged.
-    """
-    if not Path(path).is_file():
-        raise InputError(f"{path} is not a file; a run's checkpoint is its last.pt")
+    """What train.py saved in a file, memory-mapped; nothing in it is executed."""
     try:
-        check_stored(path)
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():  # by the checksums that torch.save writes
-                raise ValueError(f"{broken} has another checksum")
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        check_meta(checkpoint["meta"], path)
-        json.dumps(checkpoint["args"])  # TypeError where it holds more than plain values
-        whole = is_whole(checkpoint["step"]) and type(checkpoint["args"]["model"]) is str
-        for name in ("net", "ema"):
-            whole = whole and all(w.dtype == torch.float32 for w in checkpoint[name].values())
-        if not whole:
-            raise ValueError("it lacks a part")
-    except PermissionError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}); mend that") from None
-    except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        if isinstance(error, OSError) and error.errno != errno.EINVAL:
-            raise  # a fault of the disk: the file may be good
-        raise damaged(f"{path} is damaged or no checkpoint of train.py", error) from None
+        if lacking := {"net", "ema", "step", "args", "meta"} - checkpoint.keys():
+            raise ValueError(f"it lacks {min(lacking)}")
+    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
+        fail(f"{path} is no whole checkpoint of train.py ({one_line(error)})")
     return checkpoint
 
 
 def load_checkpoint(path):
-    """(EMA network on the CPU, the whole checkpoint); InputError as of read_checkpoint."""
+    """(EMA network on the CPU, the whole checkpoint)."""
     checkpoint = read_checkpoint(path)
     args = checkpoint["args"]
-    try:
-        with torch.device("meta"):  # no memory before the shapes are known to be the weights'
-            net = build_network(args["model"], checkpoint["meta"], args["conditioning"])
-        net.load_state_dict(checkpoint["ema"], assign=True)
-    except Exception as error:
-        raise damaged(f"{path} is no checkpoint of this version", error) from None
-    return net, checkpoint
-
-
-def build_network(model, meta, conditioning):
-    """The DiT for a dataset whose meta.json is `meta`."""
-    channels, size, _ = meta["shape"]
-    return DiT.from_config(model, channels, size, len(meta["classes"]), conditioning)
+    with torch.device("meta"):  # the weights bring the memory
+        net = build(args["model"], checkpoint["meta"], args["conditioning"])
+    load_strictly(net, checkpoint["ema"], path)
+    return net.eval(), checkpoint
 
 
 def keyed_generator(*key, device="cpu"):
@@ -120,11 +86,11 @@ def draw(net, labels, indices=None, seed=0, nfe=1, velocity=False):
 # ---------------------------------------------------------------------------- files of pictures
 
 
-def files_of(batch, args):
+def files_of(batch, folder, kind):
     """Where the pictures of a batch of indices go: a PNG each, or one piece of the one file."""
-    if args.kind:
-        return [args.folder / f"{batch[0]:06d}.npy"]
-    return [args.folder / f"{index:06d}.png" for index in batch]
+    if kind:
+        return [folder / f"{batch[0]:06d}.npy"]
+    return [folder / f"{index:06d}.png" for index in batch]
 
 
 def save_batch(paths, pixels):
@@ -141,53 +107,25 @@ def save_npz(path, parts, shape, settings):
 
     def write(file):
         with zipfile.ZipFile(file, "w") as archive:
-            archive.comment = json.dumps(settings).encode()
+            archive.comment = settings.encode()
             with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
                 header = {"descr": "|u1", "fortran_order": False, "shape": shape}
                 np.lib.format.write_array_header_1_0(array, header)
                 for pixels in parts:
-                    array.write(rearrange(pixels, "n c h w -> n h w c").tobytes())
+                    array.write(pixels.transpose(0, 2, 3, 1).tobytes())
 
     replace_file(path, write)
-
-
-def settings_of(args):
-    """What is drawn, for JSON: kept beside unfinished pictures, and in a finished .npz."""
-    names = (
-        "step", "num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size",
-        "dtype",
-    )  # fmt: skip
-    weights = [net and fingerprint(net.state_dict()) for net in (args.net, args.decoder)]
-    return {name: vars(args)[name] for name in names} | {"weights": weights}
-
-
-def check_settings(path, settings):
-    """InputError where the pictures that `path` tells of are of other settings."""
-    try:
-        if path.suffix == ".json":
-            text = path.read_text()
-        else:
-            with zipfile.ZipFile(path) as archive:
-                text = archive.comment.decode()
-        was = dict(json.loads(text))
-    except Exception:  # zipfile raises a dozen kinds for a damaged file
-        was = {}
-    if other := [name for name in settings if name not in was or was[name] != settings[name]]:
-        place = path.parent if path.suffix == ".json" else path
-        problem = f"{place} holds other pictures" + (
-            f", of another {', '.join(other)}" if was else ""
-        )
-        raise InputError(f"--out {problem}; remove it or name another")
 
 
 # ---------------------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
-    parser = ArgumentParser(
+    parser = argparse.ArgumentParser(
         prog="sample.py",
-        usage="sample.py CHECKPOINT --out OUT [flags]; --help lists them all",
         description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
@@ -195,78 +133,78 @@ def parse_args(argv=None):
     add("--vae", help="weights of the VAE that decodes latents, in diffusers' format")
     # The long name is for torchrun, which takes --num for an abbreviation of its --numa-binding.
     add("--num", "--num-samples", type=int, default=100, help="number of pictures")
-    add("--classes", type=int, nargs="+", help="labels to go through in turn (default: all)")
+    add("--classes", type=int, nargs="+", help="labels to go through in turn, else all")
     add("--random-classes", action="store_true", help="draw the labels at random, not in turn")
     add("--nfe", type=int, default=1, help="evaluations of the network for a picture")
     add("--velocity", action="store_true", help="Euler on u(z, t, t), the instantaneous velocity")
     add("--seed", type=int, default=0, help="another seed draws other noise")
     add("--batch-size", type=int, default=250, help="pictures at once on a rank")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
-    add(
-        "--compile",
-        action="store_true",
-        help="torch.compile the network and the decoder; fastest where --batch-size divides --num",
-    )
+    add("--compile", action="store_true", help="torch.compile the network and the decoder")
     args = parser.parse_args(argv)
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
-    kind, out = args.out.suffix.lower(), args.out
-    args.kind = kind if kind in (".png", ".npz") else None
-    args.folder = out.with_name(out.name + ".parts") if args.kind else out
-    other_picture = not args.kind and kind in Image.registered_extensions()
-    if other_picture or is_in_file(args.folder) or (args.kind and out.is_dir()):
-        parser.error(f"--out {out}: name a .png, an .npz or a directory")
-    try:
-        args.net, checkpoint = load_checkpoint(args.checkpoint)
-        args.decoder = load_vae(args.vae) if args.vae else None
-    except InputError as error:
-        parser.error(str(error))
-    args.step, args.meta = checkpoint["step"], checkpoint["meta"]
-    encoder = args.meta.get("vae")
-    if encoder and not args.vae:
-        parser.error(f"{args.checkpoint} draws latents: name the weights that decode them, --vae")
-    if args.vae and not encoder:
-        parser.error(f"{args.checkpoint} draws pixels: leave out --vae")
-    if args.vae and args.decoder.fingerprint() != encoder:
-        print(f"note: {args.vae} is not the VAE that made the latents", file=sys.stderr)
-    labels = range(max(args.net.num_classes, 1))
-    if args.classes is not None and not set(args.classes) <= set(labels):
-        parser.error(f"--classes: {args.checkpoint} has the labels 0 to {labels[-1]}")
-    classes = args.classes or labels
-    picks = np.arange(args.num) % len(classes)
-    if args.random_classes:
-        picks = np.random.default_rng(args.seed).integers(len(classes), size=args.num)
-    args.labels = [classes[i] for i in picks]
+    args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
+    if not args.kind and suffix in Image.registered_extensions():
+        parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
     return args
 
 
 def main(args):
     rank, world, device = join_ranks()
     say = print if rank == 0 else lambda _: None
-    out, folder, num = args.out, args.folder, args.num
-    settings, record = settings_of(args), folder / "settings.json"
-    if args.kind == ".npz" and out.exists():
-        check_settings(out, settings)
-        if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed at its very end
+    out, kind, num = args.out, args.kind, args.num
+
+    # The network, the decoder and the labels.
+    net, checkpoint = load_checkpoint(args.checkpoint)
+    vae = load_vae(args.vae) if args.vae else None
+    if encoder := checkpoint["meta"]["vae"]:
+        if not vae:
+            fail(f"{args.checkpoint} draws latents: name the weights that decode them, --vae")
+        if vae.fingerprint() != encoder:
+            say(f"note: {args.vae} is not the VAE that made the latents")
+    elif vae:
+        fail(f"--vae: {args.checkpoint} draws pixels; leave it out")
+    every = range(max(net.num_classes, 1))
+    classes = args.classes or every
+    if not set(classes) <= set(every):
+        fail(f"--classes: {args.checkpoint} has the labels 0 to {every[-1]}")
+    picks = np.arange(num) % len(classes)
+    if args.random_classes:
+        picks = np.random.default_rng(args.seed).integers(len(classes), size=num)
+    labels = [classes[i] for i in picks]
+
+    # What is drawn is kept beside unfinished pictures and in a finished .npz, to mix nothing.
+    names = ["num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype"]
+    settings = {name: vars(args)[name] for name in names} | {"step": checkpoint["step"]}
+    settings["weights"] = [part and fingerprint(part.state_dict()) for part in (net, vae)]
+    settings = json.dumps(settings)
+    folder = out.with_name(out.name + ".parts") if kind else out
+    record = folder / "settings.json"
+    if kind == ".npz" and out.exists():
+        with zipfile.ZipFile(out) as archive:
+            if archive.comment.decode() != settings:
+                fail(f"--out {out} holds other pictures; remove it or name another")
         say(f"{out} is complete already")
         return
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         lock(folder)
-        if any(path.suffix in (".png", ".npy") for path in folder.glob("*")):
-            check_settings(record, settings)
-        replace_file(record, lambda file: file.write(json.dumps(settings).encode()))
+        if record.exists() and record.read_text() != settings:
+            fail(f"--out {folder} holds other pictures; remove it or name another")
+        replace_file(record, lambda file: file.write(settings.encode()))
     wait_for_all()
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.
     firsts = range(0, num, args.batch_size)
     batches = [range(first, min(first + args.batch_size, num)) for first in firsts]
-    todo = [b for b in batches if not all(path.exists() for path in files_of(b, args))]
+    todo = [b for b in batches if not all(path.exists() for path in files_of(b, folder, kind))]
     todo = todo[rank::world]
     wait_for_all()  # nobody saves before everybody has seen the same work
-    net, vae = args.net.to(device), args.vae and args.decoder.to(device)
+    net.to(device)
+    if vae:
+        vae.to(device)
     if args.compile:
         net.compile(dynamic=False)
         if vae:
@@ -275,27 +213,28 @@ def main(args):
     what = f"{out}, rank 0 of {world}" if world > 1 else out
     progress, background = Progress(what, sum(map(len, todo)), silent=rank > 0), Background()
     for batch in todo:
-        labels = args.labels[batch.start : batch.stop]
         with autocast:
-            x = draw(net, labels, batch, args.seed, args.nfe, args.velocity)
-            pixels = to_pixels(x, vae, args.meta["scale"])
-        background(save_batch, files_of(batch, args), pixels)
+            some = labels[batch.start : batch.stop]
+            x = draw(net, some, batch, args.seed, args.nfe, args.velocity)
+            pixels = to_pixels(x, vae, checkpoint["meta"]["scale"])
+        background(save_batch, files_of(batch, folder, kind), pixels)
         progress(len(batch))
     background.wait()
     wait_for_all()
 
-    if args.kind and rank == 0:
-        parts = (np.load(*files_of(batch, args)) for batch in batches)
-        if args.kind == ".png":
-            columns = len(set(args.labels))
+    if kind and rank == 0:
+        parts = (np.load(*files_of(batch, folder, kind)) for batch in batches)
+        if kind == ".png":
+            columns = len(set(labels))
             columns = columns if columns <= 16 else math.ceil(math.sqrt(num))
             save_grid(np.concatenate(list(parts)), out, columns)
         else:
-            c, h, w = np.load(*files_of(batches[0], args)).shape[1:]
+            c, h, w = np.load(*files_of(batches[0], folder, kind)).shape[1:]
             save_npz(out, parts, (num, h, w, c), settings)
         shutil.rmtree(folder)
     say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")
+    leave_ranks()
 
 
 if __name__ == "__main__":
-    run_script(lambda: main(parse_args()))
+    main(parse_args())
