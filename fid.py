@@ -6,7 +6,7 @@
 
 FILE holds the weights of the network that defines the FID, pt_inception-2015-12-05. Each input is
 an .npz of images (arr_0, uint8, NHWC), a folder of images, a pixel dataset of prepare_latents.py,
-or an .npz of statistics (mu and sigma, as in ADM's reference batches).
+or an .npz of statistics (mu and sigma). If it holds images too, as ADM's do, they are not used.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from scipy.linalg import eigvalsh, lapack
 from torch import nn
 from torch.utils.data import DataLoader
 
-import prepare_latents as shared
+import prepare_latents as shared  # its last section is shared by the scripts
 
 FEATURES, CLASSES = 2048, 1008
 # The Inception score is the mean over splits of 5,000 consecutive images, as in ADM's evaluation.
@@ -55,7 +55,7 @@ BLOCK_E = {"1x1": [(320, 1)], "3x3": [(384, 1), (384, FORK)],
 
 
 class Mixed(nn.Module):
-    """Concatenates branches of convolutions and one of pooling and, if `pooled`, a convolution."""
+    """Concatenates branches of convolutions, and one of pooling and, if `pooled`, convolution."""
 
     def __init__(self, inputs, branches, pool, pooled=None):
         super().__init__()
@@ -121,11 +121,11 @@ def resize(x, size=299):
     """Bilinear resize of TensorFlow 1, without antialiasing: (B, C, H, W) -> (B, C, size, size)."""
     for dim in (2, 3):
         length = x.shape[dim]
-        place = torch.arange(size, device=x.device) * (length / size)  # corners, not centres
-        low = place.long()
-        high = (low + 1).clamp(max=length - 1)
+        place = torch.arange(size, device=x.device) * (length / size)  # no half-pixel offset
+        low, high = place.long(), (place.long() + 1).clamp(max=length - 1)
         part = (place - low).view(-1, *(1,) * (3 - dim))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), part)
+        low, high = x.index_select(dim, low), x.index_select(dim, high)
+        x = low + (high - low) * part
     return x
 
 
@@ -153,7 +153,7 @@ class Statistics:
     def add(self, images, indices):
         """images (B, 3, H, W) uint8, on any rank, in any order; indices (B,) give their splits."""
         weight = self.net.fc.weight
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # full float32
             features = self.net(images.to(weight.device, non_blocking=True)).double()
         p = (features @ weight.double().T).softmax(1)  # no bias, as in the score's original code
         split = torch.as_tensor(indices).to(weight.device) // SPLIT
@@ -202,7 +202,7 @@ def open_npz(path):
         with zipfile.ZipFile(path), np.load(path) as file:  # ZipFile has the clearer errors
             yield file
     except Exception as error:  # numpy and zipfile raise many kinds
-        shared.fail(f"{path} cannot be read as an .npz ({error!r}); make it again or name another")
+        shared.fail(f"{path} cannot be read as statistics or images ({error!r}); make it again")
 
 
 def load_statistics(path):
@@ -273,11 +273,11 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
     """Statistics.result() of pictures. Each rank processes its share of the batches."""
     count, workers = len(pictures.rows), workers if pictures.files else 0
     batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    batches, pin = batches[rank::world], torch.cuda.is_available()
-    loader = DataLoader(pictures, None, sampler=batches, num_workers=workers, pin_memory=pin)
+    mine, pin = batches[rank::world], torch.cuda.is_available()
+    data = DataLoader(pictures, batch_size=None, sampler=mine, num_workers=workers, pin_memory=pin)
+    progress = shared.Progress(f"{what}, rank 0 of {world}", sum(map(len, mine)), silent=rank > 0)
     statistics = Statistics(net, count)
-    progress = shared.Progress(what, sum(map(len, batches)), silent=rank > 0, of="images")
-    for indices, images in zip(batches, loader, strict=True):
+    for indices, images in zip(mine, data, strict=True):
         if isinstance(images, str):
             shared.fail(f"{what}: {images}")
         statistics.add(images, indices)
@@ -323,11 +323,11 @@ def main(args):
     rank, world, device = shared.join_ranks()
     say = print if rank == 0 else lambda _: None
     sides = [load_statistics(path) or Pictures(path, args.crop) for path in args.paths]
-    if not args.inception and any(isinstance(side, Pictures) for side in sides):
-        shared.fail("images need the weights of the network: pass --inception FILE")
     net = load_inception(args.inception).to(device) if args.inception else None
     for i, (path, side) in enumerate(zip(args.paths, sides, strict=True)):
         if isinstance(side, Pictures):
+            if not net:
+                shared.fail(f"{path} holds images: name the weights of Inception by --inception")
             sides[i] = side = measure(net, side, path, args.workers, rank, world, args.batch_size)
         if {"count", "score"} <= side.keys():
             say(f"{path}: {side['count']:,} images, Inception score {side['score']:.4g}")

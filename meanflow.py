@@ -249,12 +249,14 @@ def why_not_carried(net, shape):
     """'' where Duals give the du/dt of torch.func.jvp, else the reason in one line.
 
     shape: (C, H, W) of z. A copy of net with random weights is tried, since the u of a new network
-    is 0; three samples with the tangents of two, since a layer may mix samples.
+    is 0, scaled to keep the size of a signal; on three samples with the tangents of two.
     """
     net, device = copy.deepcopy(net), next(net.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    for parameter in net.parameters():
-        parameter.normal_(std=0.1, generator=generator)
+    for weight in net.parameters():
+        weight.normal_(
+            std=weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.1, generator=generator
+        )
     z, v = torch.randn(2, 3, *shape, generator=generator, device=device)
     t, y = torch.tensor([0.3, 0.6, 0.9], device=device), torch.zeros(3, dtype=torch.long).to(device)
     precision = torch.get_float32_matmul_precision()
