@@ -21,24 +21,8 @@ import torch
 from PIL import Image
 
 import meanflow
+import prepare_latents as shared  # its last section is shared by the scripts
 from model import build
-from prepare_latents import (
-    Background,
-    Progress,
-    fail,
-    fingerprint,
-    join_ranks,
-    leave_ranks,
-    load_strictly,
-    load_vae,
-    lock,
-    one_line,
-    replace_file,
-    save_grid,
-    to_image,
-    to_pixels,
-    wait_for_all,
-)
 
 
 def read_checkpoint(path):
@@ -48,7 +32,7 @@ def read_checkpoint(path):
         if lacking := {"net", "ema", "step", "args", "meta"} - checkpoint.keys():
             raise ValueError(f"it lacks {min(lacking)}")
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        fail(f"{path} is no whole checkpoint of train.py ({one_line(error)})")
+        shared.fail(f"{path} is no whole checkpoint of train.py ({shared.one_line(error)})")
     return checkpoint
 
 
@@ -58,7 +42,7 @@ def load_checkpoint(path):
     args = checkpoint["args"]
     with torch.device("meta"):  # the weights bring the memory
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
-    load_strictly(net, checkpoint["ema"], path)
+    shared.load_strictly(net, checkpoint["ema"], path)
     return net.eval(), checkpoint
 
 
@@ -96,10 +80,10 @@ def files_of(batch, folder, kind):
 def save_batch(paths, pixels):
     """Pixels (n, C, H, W) of a batch into its files, each of them there as a whole or not."""
     if paths[0].suffix == ".npy":
-        replace_file(paths[0], lambda file: np.save(file, pixels))
+        shared.replace_file(paths[0], lambda file: np.save(file, pixels))
     else:
         for path, picture in zip(paths, pixels, strict=True):
-            replace_file(path, partial(to_image(picture).save, format="PNG"))
+            shared.replace_file(path, partial(shared.to_image(picture).save, format="PNG"))
 
 
 def save_npz(path, parts, shape, settings):
@@ -114,7 +98,7 @@ def save_npz(path, parts, shape, settings):
                 for pixels in parts:
                     array.write(pixels.transpose(0, 2, 3, 1).tobytes())
 
-    replace_file(path, write)
+    shared.replace_file(path, write)
 
 
 # ---------------------------------------------------------------------------- command line
@@ -151,24 +135,24 @@ def parse_args(argv=None):
 
 
 def main(args):
-    rank, world, device = join_ranks()
+    rank, world, device = shared.join_ranks()
     say = print if rank == 0 else lambda _: None
     out, kind, num = args.out, args.kind, args.num
 
     # The network, the decoder and the labels.
     net, checkpoint = load_checkpoint(args.checkpoint)
-    vae = load_vae(args.vae) if args.vae else None
+    vae = shared.load_vae(args.vae) if args.vae else None
     if encoder := checkpoint["meta"]["vae"]:
         if not vae:
-            fail(f"{args.checkpoint} draws latents: name the weights that decode them, --vae")
+            shared.fail(f"{args.checkpoint} draws latents: name the weights of their --vae")
         if vae.fingerprint() != encoder:
             say(f"note: {args.vae} is not the VAE that made the latents")
     elif vae:
-        fail(f"--vae: {args.checkpoint} draws pixels; leave it out")
+        shared.fail(f"--vae: {args.checkpoint} draws pixels; leave it out")
     every = range(max(net.num_classes, 1))
     classes = args.classes or every
     if not set(classes) <= set(every):
-        fail(f"--classes: {args.checkpoint} has the labels 0 to {every[-1]}")
+        shared.fail(f"--classes: {args.checkpoint} has the labels 0 to {every[-1]}")
     picks = np.arange(num) % len(classes)
     if args.random_classes:
         picks = np.random.default_rng(args.seed).integers(len(classes), size=num)
@@ -177,23 +161,23 @@ def main(args):
     # What is drawn is kept beside unfinished pictures and in a finished .npz, to mix nothing.
     names = ["num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype"]
     settings = {name: vars(args)[name] for name in names} | {"step": checkpoint["step"]}
-    settings["weights"] = [part and fingerprint(part.state_dict()) for part in (net, vae)]
+    settings["weights"] = [part and shared.fingerprint(part.state_dict()) for part in (net, vae)]
     settings = json.dumps(settings)
     folder = out.with_name(out.name + ".parts") if kind else out
     record = folder / "settings.json"
     if kind == ".npz" and out.exists():
         with zipfile.ZipFile(out) as archive:
             if archive.comment.decode() != settings:
-                fail(f"--out {out} holds other pictures; remove it or name another")
+                shared.fail(f"--out {out} holds other pictures; remove it or name another")
         say(f"{out} is complete already")
         return
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        lock(folder)
+        shared.lock(folder)
         if record.exists() and record.read_text() != settings:
-            fail(f"--out {folder} holds other pictures; remove it or name another")
-        replace_file(record, lambda file: file.write(settings.encode()))
-    wait_for_all()
+            shared.fail(f"--out {folder} holds other pictures; remove it or name another")
+        shared.replace_file(record, lambda file: file.write(settings.encode()))
+    shared.wait_for_all()
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.
@@ -201,7 +185,7 @@ def main(args):
     batches = [range(first, min(first + args.batch_size, num)) for first in firsts]
     todo = [b for b in batches if not all(path.exists() for path in files_of(b, folder, kind))]
     todo = todo[rank::world]
-    wait_for_all()  # nobody saves before everybody has seen the same work
+    shared.wait_for_all()  # nobody saves before everybody has seen the same work
     net.to(device)
     if vae:
         vae.to(device)
@@ -211,29 +195,30 @@ def main(args):
             vae.decoder.compile(dynamic=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     what = f"{out}, rank 0 of {world}" if world > 1 else out
-    progress, background = Progress(what, sum(map(len, todo)), silent=rank > 0), Background()
+    progress = shared.Progress(what, sum(map(len, todo)), silent=rank > 0)
+    background = shared.Background()
     for batch in todo:
         with autocast:
             some = labels[batch.start : batch.stop]
             x = draw(net, some, batch, args.seed, args.nfe, args.velocity)
-            pixels = to_pixels(x, vae, checkpoint["meta"]["scale"])
+            pixels = shared.to_pixels(x, vae, checkpoint["meta"]["scale"])
         background(save_batch, files_of(batch, folder, kind), pixels)
         progress(len(batch))
     background.wait()
-    wait_for_all()
+    shared.wait_for_all()
 
     if kind and rank == 0:
         parts = (np.load(*files_of(batch, folder, kind)) for batch in batches)
         if kind == ".png":
             columns = len(set(labels))
             columns = columns if columns <= 16 else math.ceil(math.sqrt(num))
-            save_grid(np.concatenate(list(parts)), out, columns)
+            shared.save_grid(np.concatenate(list(parts)), out, columns)
         else:
             c, h, w = np.load(*files_of(batches[0], folder, kind)).shape[1:]
             save_npz(out, parts, (num, h, w, c), settings)
         shutil.rmtree(folder)
     say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")
-    leave_ranks()
+    shared.leave_ranks()
 
 
 if __name__ == "__main__":

@@ -37,24 +37,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import meanflow
+import prepare_latents as shared  # its last section is shared by the scripts
 import schedules
 from model import CONDITIONINGS, CONFIGS, build
-from prepare_latents import (
-    Dataset,
-    Progress,
-    fail,
-    join_ranks,
-    leave_ranks,
-    load_strictly,
-    load_vae,
-    lock,
-    network_input,
-    replace_file,
-    save_grid,
-    to_pixels,
-    wait_for_all,
-    write_glyphs,
-)
 from sample import draw, keyed_generator, read_checkpoint
 
 # ---------------------------------------------------------------------------- recipes
@@ -236,7 +221,7 @@ def parse_args(argv=None):
 def main(args):
     # One process, or one per GPU under torchrun; gloo carries what lies in a CPU's memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    rank, world, device = join_ranks(backend, TIMEOUT)
+    rank, world, device = shared.join_ranks(backend, TIMEOUT)
     say = partial(print, flush=True) if rank == 0 else lambda _: None
     trains = not (args.dry_run or args.bench)
 
@@ -248,25 +233,25 @@ def main(args):
     else:
         if args.data == GLYPHS:
             if rank == 0 and not Path(GLYPHS, "meta.json").exists():
-                write_glyphs(GLYPHS)
-            wait_for_all()
-        data = Dataset(args.data)
+                shared.write_glyphs(GLYPHS)
+            shared.wait_for_all()
+        data = shared.Dataset(args.data)
         meta, count, epoch = data.meta, len(data), data.epoch_length
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
-        fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x {micro} samples")
+        shared.fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x {micro}")
     chunks = range(rank, args.batch_size // micro, world)  # this rank's micro-batches of a step
     num_neq = round(micro * args.r_neq_t)  # samples with r < t in a micro-batch, its last
     num_eq = micro - num_neq
     if (num_neq == 0) != (args.r_neq_t == 0) or (num_eq == 0) != (args.r_neq_t == 1):
-        fail(f"--r-neq-t {args.r_neq_t} of {micro} samples is none or all: raise --batch-size")
+        shared.fail(f"--r-neq-t {args.r_neq_t} of {micro} is none or all: raise --batch-size")
     steps = args.steps or math.ceil(args.epochs * epoch / args.batch_size)
 
     # The run's last checkpoint, which must be of this very command.
     out, last, start, saved = Path(args.out), Path(args.out, "last.pt"), 0, None
     if rank == 0 and trains:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        lock(out)
+        shared.lock(out)
     if last.exists() and not args.bench:
         saved = read_checkpoint(last)
         refuse_another_run(saved, args, meta, steps)
@@ -277,7 +262,7 @@ def main(args):
     quantile = partial(sampler, mu=args.time_mu, sigma=args.time_sigma)
     gap_pairs = schedules.time_pairs(quantile, args.gap) if args.gap else None
     if args.gap and not gap_pairs.numel():
-        fail(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
+        shared.fail(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
     lam = schedules.beta_lambda(quantile, gap_pairs)
     gap_pairs = gap_pairs.float().to(device) if args.gap else None
     if args.accel in schedules.ALPHAS:
@@ -291,13 +276,13 @@ def main(args):
         with torch.device("meta") if args.dry_run else nullcontext():
             net = build(args.model, meta, args.conditioning)
     except ValueError as error:
-        fail(f"--model {args.model}: {error}")
+        shared.fail(f"--model {args.model}: {error}")
     if args.init_from and not saved:
         other = read_checkpoint(args.init_from)
         for name in ("model", "conditioning"):
             if other["args"][name] != getattr(args, name):
-                fail(f"--init-from {args.init_from} has --{name} {other['args'][name]}")
-        load_strictly(net, other["ema"], args.init_from)
+                shared.fail(f"--init-from {args.init_from} has --{name} {other['args'][name]}")
+        shared.load_strictly(net, other["ema"], args.init_from)
     trained = [p for p in net.parameters() if p.requires_grad]
     say(
         f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, {count:,} "
@@ -324,13 +309,13 @@ def main(args):
         del saved
 
     # What shows and measures pictures.
-    vae = load_vae(args.vae).to(device) if args.vae else None
+    vae = shared.load_vae(args.vae).to(device) if args.vae else None
     if bool(vae) != bool(meta.get("vae")) and (vae or args.fid_every):
-        fail(f"--vae: it is for latents, and {args.data} holds pixels; or the reverse")
+        shared.fail(f"--vae: it is for latents, and {args.data} holds pixels; or the reverse")
     if args.fid_every:
         inception = fid.load_inception(args.inception).to(device)
         if not (reference := fid.load_statistics(Path(args.fid_ref))):
-            fail(f"--fid-ref {args.fid_ref} holds no mu and sigma")
+            shared.fail(f"--fid-ref {args.fid_ref} holds no mu and sigma")
 
     # The objective, and the forward with tangents, which DDP wraps and torch.compile compiles.
     guidance = dict(omega=args.omega, kappa=args.kappa) if net.num_classes else {}
@@ -399,7 +384,7 @@ def main(args):
             rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
             if len(bad := (~rows.isfinite().all(1)).nonzero()):
                 at = step - len(rows) + bad[0].item()
-                fail(
+                shared.fail(
                     f"loss or gradient not finite at step {at:,}, learning rate "
                     f"{args.lr * min(1, (at + 1) / max(args.warmup, 1)):g}; the last checkpoint is "
                     f"of step {saved_at:,}; try a lower --lr in another --out"
@@ -427,14 +412,14 @@ def main(args):
             state |= {"step": step, "args": vars(args), "meta": meta, "micro": micro}
             state |= {"torch": str(torch.__version__)}
             if rank == 0:
-                replace_file(last, partial(torch.save, state))
+                shared.replace_file(last, partial(torch.save, state))
             saved_at = step
             say(f"step {step:,}/{steps:,}  saved {last}")
         if notice:
             break
         if rank == 0 and (ended or step % args.sample_every == 0):
-            pixels = to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
-            save_grid(pixels, out / "samples" / f"{step:08d}.png", len(classes))
+            pixels = shared.to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
+            shared.save_grid(pixels, out / "samples" / f"{step:08d}.png", len(classes))
         if measures:
             score = one_step_fid(ema, inception, reference, vae, meta, args.fid_num, rank, world)
             say(f"step {step:,}/{steps:,}  " + "  ".join(f"{k} {v:.5g}" for k, v in score.items()))
@@ -451,7 +436,7 @@ def main(args):
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            x = network_input(images, meta, generator)  # (B, C, H, W)
+            x = shared.network_input(images, meta, generator)  # (B, C, H, W)
             e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
             y = meanflow.drop_labels(y, net.null_label, args.label_drop, generator)  # (B,)
             mass = dtd.mass if args.accel == "dtd" else 1.0
@@ -494,7 +479,7 @@ def main(args):
         history.append(torch.cat([stats[:3], grad_norm[None], stats[3:]]))
 
     del batches  # and with it the workers
-    leave_ranks()
+    shared.leave_ranks()
     if notice:
         say(f"{signal.Signals(notice).name}: stopped after step {step:,}; the same command resumes")
         sys.exit(128 + notice)
@@ -563,11 +548,11 @@ def refuse_another_run(saved, args, meta, steps):
     for name, was in saved["args"].items():
         if name not in MAY_CHANGE and getattr(args, name) != was:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
-            fail(f"{flag}: {args.out} was trained with {was}; name another --out")
+            shared.fail(f"{flag}: {args.out} was trained with {was}; name another --out")
     if saved["meta"] != meta:
-        fail(f"--data {args.data} is not the dataset of {args.out}; name another --out")
+        shared.fail(f"--data {args.data} is not the dataset of {args.out}; name another --out")
     if saved["step"] > steps:
-        fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
+        shared.fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
 
 
 def append_row(out, row):
@@ -582,7 +567,7 @@ def forget_after(out, step):
         if not row.endswith("}") or json.loads(row)["step"] > step:  # later, or cut by a kill
             break
         kept.append(row + "\n")
-    replace_file(path, lambda file: file.write("".join(kept).encode()))
+    shared.replace_file(path, lambda file: file.write("".join(kept).encode()))
     for picture in (out / "samples").glob("*.png"):
         if int(picture.stem) > step:
             picture.unlink()
@@ -599,7 +584,7 @@ def save_progress(samples, path, rows=10):
         text = f"step {int(files[pick].stem)}"
         ImageDraw.Draw(picture).text((8, (i + 0.5) * tile), text, anchor="lm")
         picture.paste(grid.crop((0, 0, width, tile)), (margin, i * tile))
-    replace_file(path, partial(picture.save, format="PNG"))
+    shared.replace_file(path, partial(picture.save, format="PNG"))
 
 
 @torch.no_grad()
@@ -607,10 +592,10 @@ def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_s
     """FID and Inception score of `num` one-step samples, balanced over classes, by all ranks."""
     batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)][rank::world]
     statistics = fid.Statistics(inception, num)
-    progress = Progress("FID", sum(map(len, batches)), silent=rank > 0)
+    progress = shared.Progress("FID", sum(map(len, batches)), silent=rank > 0)
     for batch in batches:
         labels = [i % max(net.num_classes, 1) for i in batch]
-        pixels = to_pixels(draw(net, labels, batch), vae, meta["scale"])
+        pixels = shared.to_pixels(draw(net, labels, batch), vae, meta["scale"])
         statistics.add(torch.from_numpy(pixels).expand(-1, 3, -1, -1), batch)
         progress(len(batch))
     ours = statistics.result()
@@ -631,7 +616,7 @@ def bench(args, model, objective, update, autocast, t, r, num_neq, shape, loader
     lengthen least.
     """
     if dist.is_initialized():
-        fail("--bench measures one device: start it without torchrun")
+        shared.fail("--bench measures one device: start it without torchrun")
     device, micro, cuda = t.device, len(t), t.device.type == "cuda"
     if not cuda:
         torch.set_num_threads(1)
@@ -675,7 +660,7 @@ def bench(args, model, objective, update, autocast, t, r, num_neq, shape, loader
     n, rounds, repeat = (8192, 10, 10) if cuda else (2048, 7, 1)
     product = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
     timed = steps | {"product": partial(torch.mm, *product)}
-    times, progress = {name: [] for name in timed}, Progress("bench", rounds, of="rounds")
+    times, progress = {name: [] for name in timed}, shared.Progress("bench", rounds, of="rounds")
     for _ in range(rounds):
         for name, run in timed.items():
             times[name].append(timeit.timeit(run, timer=clock, number=repeat) / repeat)
