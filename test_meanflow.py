@@ -1,7 +1,7 @@
 """Every number against something independent: finite differences, closed forms, scipy, torch.
 
-python -m pytest -m "not slow"                               minutes on two CPU cores
-python -m pytest                                             also kills, torchrun, compile, peers
+python -m pytest                                             minutes on two CPU cores
+python -m pytest -m ""                                       also kills, torchrun, compile, peers
 MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained    how good a finished digit run is
 MEANFLOW_SAMPLES=... python -m pytest -s -k real_network     how far samples are from a dataset
 """
@@ -660,8 +660,9 @@ def test_r_equals_t_first_and_is_less_after_by_a_gap_in_the_range(quantile):
 @pytest.mark.parametrize(
     ("losses", "stages"),
     [  # a stage's first loss is its best so far; ten more that are no better end it
-        ([1.0] * 132, [1] * 10 + [2] * 11 + [3] * 11 + [4] * 100),
+        ([1.0] * 11 + [0.5] * 11 + [0.2] * 99, [1] * 10 + [2] * 11 + [3] * 11 + [4] * 89),
         ([1.0] * 9 + [0.0] + [1.0] * 10, [1] * 19 + [2]),  # one dip starts the count again
+        ([1.0] * 5 + [0.0] + [0.5] * 30, [1] * 36),  # the smoothed loss falls, below no single one
         (range(1000, 750, -1), [1 + min(3 * step // 200, 3) for step in range(1, 251)]),  # the cap
     ],
 )
@@ -1123,35 +1124,36 @@ def test_bad_input_is_refused_in_one_line(bad_input, monkeypatch, capsys, code, 
 @pytest.mark.slow
 def test_images_become_a_fid_on_one_rank_or_two_after_a_kill(photographs, inception, tmp_path):
     """The README's four commands: 200 photographs and a small VAE with random weights."""
-    one, two, reference = tmp_path / "one", tmp_path / "two", tmp_path / "photographs.npz"
+    one, two, reference = tmp_path / "one", tmp_path / "two", tmp_path / "reference.npz"
     vae, measure = ["--vae", random_vae(tmp_path / "vae.pt")], ["fid.py", "--inception", inception]
-    encode = ["prepare_latents.py", photographs, "--size", 64, "--batch-size", 4, "--flip", *vae]
-    job = torchrun(2, *encode, "--out", two, start=subprocess.Popen, start_new_session=True)
+    flags = ["--size", 64, "--batch-size", 4, "--flip", *vae]
+    encode = ["prepare_latents.py", photographs, "--out", two, *flags]
+    job = torchrun(2, *encode, start=subprocess.Popen, start_new_session=True)
     while not (two / "unfinished.json").exists() or (np.load(two / "labels.npy") >= 0).sum() < 60:
         assert job.poll() is None
         time.sleep(0.05)
     os.killpg(job.pid, signal.SIGKILL)
     job.wait()
     assert (np.load(two / "labels.npy") < 0).any()
-    torchrun(2, *encode, "--out", two)
-    torchrun(1, *encode, "--out", one)
+    torchrun(2, *encode)
+    prepare(photographs, one, *flags)
     for name in ("images.npy", "labels.npy", "meta.json", "preview.png"):
         assert (one / name).read_bytes() == (two / name).read_bytes(), name
-    torchrun(2, *measure, photographs / "class 0", "--crop", "64", "--save", reference)
+    np.savez(reference, mu=np.zeros(2048), sigma=np.eye(2048))
     steps = ["train.py", "--steps", 2, "--batch-size", 16, "--data", two, *vae, "--fid-every", 2]
-    steps += ["--fid-num", 64, "--fid-ref", reference, "--inception", inception]
+    steps += ["--fid-num", 60, "--fid-ref", reference, "--inception", inception]
     torchrun(2, *steps, "--out", tmp_path / "run")
-    draw = ["sample.py", tmp_path / "run" / "last.pt", "--num-samples", 64, "--batch-size", 8]
-    for i, flags in enumerate([[], [], ["--compile"]]):
-        torchrun(1 + i % 2, *draw, *vae, *flags, "--out", tmp_path / f"{i}.npz")
-    assert (tmp_path / "0.npz").read_bytes() == (tmp_path / "1.npz").read_bytes()
-    samples, compiled = (np.load(tmp_path / f"{k}.npz")["arr_0"].astype(int) for k in (1, 2))
-    assert (samples.shape, samples.std() > 1) == ((64, 64, 64, 3), True)
+    last, flags = tmp_path / "run" / "last.pt", ["--num-samples", 60, "--batch-size", 8, *vae]
+    torchrun(2, "sample.py", last, *flags, "--out", tmp_path / "2.npz")
+    samples = sampled(last, tmp_path / "1.npz", *flags)
+    compiled = sampled(last, tmp_path / "compiled.npz", *flags, "--compile")
+    assert (tmp_path / "1.npz").read_bytes() == (tmp_path / "2.npz").read_bytes()
+    assert (samples.shape, samples.std() > 1) == ((60, 64, 64, 3), True)
     assert np.abs(samples - compiled).max() <= 1
     for ranks in (1, 2):
         done = torchrun(ranks, *measure, tmp_path / "1.npz", reference, stdout=subprocess.PIPE)
         distance = float(done.stdout.split()[-1])  # train.py drew the same:
-        assert metrics(tmp_path / "run")[-1]["fid"] == pytest.approx(distance, rel=1e-3)
+        assert metrics(tmp_path / "run")[-1]["fid"] == pytest.approx(distance, rel=5e-5)
 
 
 # ---------------------------------------------------------------------------- a finished run
@@ -1220,7 +1222,7 @@ def test_distance_of_samples_in_the_features_of_a_real_network():
 
     @torch.no_grad()
     def statistics(images):
-        batches = torch.from_numpy(images).float().split(50)
+        batches = torch.from_numpy(images).float().expand(-1, 3, -1, -1).split(50)
         x = (F.interpolate(some, (128, 128), mode="bicubic").clamp(0, 255) for some in batches)
         features = torch.cat([net.extract_features((some - 127) / 128).mean((2, 3)) for some in x])
         return features.double().mean(0).numpy(), features.double().T.cov().numpy()
@@ -1327,6 +1329,17 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
         assert_close(state["dtd"], dtd.state_dict(), rtol=1e-4, atol=0)
 
 
+def test_the_data_order_visits_every_sample_once_an_epoch_in_micro_batches_of_any_size():
+    orders = []
+    for micro in (4, 12):
+        keys = [(step, chunk) for step in range(10) for chunk in range(12 // micro)]
+        order = [train.chunk_indices(*key, micro, 12, count=40, seed=3) for key in keys]
+        orders.append(np.concatenate(order).reshape(3, 40))
+    assert (orders[0] == orders[1]).all()
+    assert (np.sort(orders[0]) == np.arange(40)).all()
+    assert (orders[0][0] != orders[0][1]).any()
+
+
 def test_watching_the_affinity_leaves_the_training_as_it_was(glyphs, tmp_path):
     flags = ["--steps", 4, "--warmup", 0, "--micro-batch-size", 4, "--log-every", 2]
     watched = run(glyphs, tmp_path / "a", *flags, "--affinity-every", 2)
@@ -1368,13 +1381,10 @@ def test_a_run_starts_from_the_weights_it_is_given(glyphs, tmp_path, capsys):
     flags = ["--data", glyphs, "--lr", 1e-12, "--init-from"]
     start = run(glyphs, tmp_path / "next", "--steps", 1, *flags, tmp_path / "given" / "last.pt")
     assert_close(start["net"], given["ema"])
-    del given["ema"]["final.linear.bias"]
-    torch.save(given, tmp_path / "less.pt")
     torch.save(given | {"args": given["args"] | {"model": "S/4"}}, tmp_path / "other.pt")
     for more, words in [
         ([tmp_path / "given" / "last.pt", "--conditioning", "t,r"], "last.pt has --conditioning t"),
         ([tmp_path / "other.pt"], "other.pt has --model S/4"),
-        ([tmp_path / "less.pt"], "less.pt lacks 1 weights, final.linear.bias among them"),
         ([tmp_path / "nothing.pt"], "nothing.pt is no whole checkpoint"),
     ]:
         code, line = refusal(capsys, train, "--out", tmp_path / "x", *flags, *more)
@@ -1436,7 +1446,6 @@ def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsy
     ("code", "flags", "words"),
     [
         (2, ["--lr", "nan"], "--lr"),
-        (2, ["--r-neq-t", "1.5"], "--r-neq-t"),
         (2, ["--kappa", "1"], "--kappa"),
         (2, ["--cfg-interval", "0.8", "0.2"], "--cfg-interval"),
         (2, ["--label-drop", "0"], "--label-drop"),
@@ -1488,22 +1497,18 @@ def test_a_run_is_resumed_by_the_same_command_alone(glyphs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_path, capsys):
+def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_path):
     """And one rank that accumulates takes the textbook's steps on whole batches, see above."""
     flags = ["--micro-batch-size", 2, "--warmup", 0, "--lr", 1e-3, "--r-neq-t", 0.5]
     flags += ["--batch-size", 8, "--log-every", 1, "--accel", "none"]
     run(glyphs, tmp_path / "one", *flags, "--steps", 4)
     torchrun(2, "train.py", "--data", glyphs, "--out", tmp_path / "two", *flags, "--steps", 2)
-    capsys.readouterr()
     run(glyphs, tmp_path / "two", *flags, "--steps", 4)
-    assert "other noise" not in capsys.readouterr().out
     for one, two in zip(*(metrics(tmp_path / name) for name in ("one", "two")), strict=True):
         del one["images_per_second"], two["images_per_second"]
         assert one == pytest.approx(two, rel=1e-4)
     one, two = (torch.load(tmp_path / name / "last.pt") for name in ("one", "two"))
     assert_close([one["net"], one["ema"]], [two["net"], two["ema"]], rtol=0, atol=1e-5)
-    run(glyphs, tmp_path / "two", *flags, "--micro-batch-size", 4, "--steps", 5)
-    assert "micro-batches of 4, not 2: other noise" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------- runs that survive
@@ -1554,8 +1559,7 @@ def same_run(one, two):
     assert rows[0] == rows[1]
     pictures = [{p.relative_to(out): p.read_bytes() for p in out.rglob("*.png")}
                 for out in (one, two)]  # fmt: skip
-    assert pictures[0] == pictures[1]
-    assert len(pictures[0]) > 1
+    assert pictures[0] == pictures[1] != {}
 
 
 @pytest.mark.parametrize("accel", ["none", "minsnr", "dtd"])
@@ -1634,7 +1638,7 @@ def test_killed_at_any_moment_a_run_goes_on_from_its_checkpoint(start, glyphs, t
             assert (code, f"{out} is in use by another run" in line) == (1, True), line
         while kill % 3 == 2 and not (out / "last.pt.tmp").exists():
             assert job.poll() is None
-        time.sleep(rng.uniform(0, [0.3, 1.5, 0.03][kill % 3]))
+        time.sleep(rng.uniform(0, [0.3, 0.8, 0.03][kill % 3]))
         job.kill()
         assert job.wait(60) == -signal.SIGKILL
         during += (out / "last.pt.tmp").exists()
@@ -1692,19 +1696,14 @@ def test_torchrun_restarts_a_job_of_which_a_rank_was_killed(glyphs, tmp_path):
     """By itself, from the last checkpoint, to the same bits as without the kill."""
     flags = ["--data", glyphs, "--batch-size", 8, "--log-every", 1, "--steps", 60]
     flags += ["--save-every", 10, "--out"]
-    job = torchrun(2, "train.py", *flags, tmp_path / "killed", start=subprocess.Popen,
-                   launch=["--max-restarts=2"])  # fmt: skip
-    while not (tmp_path / "killed" / "last.pt").exists():
-        assert job.poll() is None
-        time.sleep(0.05)
-    ranks = []
-    for process in Path("/proc").iterdir():
-        with contextlib.suppress(OSError):
-            environment = b"\0" + (process / "environ").read_bytes()
-            is_ours = str(tmp_path / "killed") in (process / "cmdline").read_text()
-            ranks += [int(process.name)] if is_ours and b"\0RANK=1\0" in environment else []
-    os.kill(min(ranks), signal.SIGKILL)
+    options = dict(start=subprocess.Popen, launch=["--max-restarts=2"])
+    with open(tmp_path / "log", "w") as log:
+        job = torchrun(2, "train.py", *flags, tmp_path / "killed", stdout=log, **options)
+    seen(tmp_path / "log", "  saved ", job)
+    children = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
     assert job.wait(180) == 0
+    assert re.search("from step 0;.*from step [1-5]0;", (tmp_path / "log").read_text(), re.S)
     torchrun(2, "train.py", *flags, tmp_path / "whole")
     same_run(tmp_path / "whole", tmp_path / "killed")
 
