@@ -174,7 +174,8 @@ def main(args):
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         shared.lock(folder)
-        if record.exists() and record.read_text() != settings:
+        found = any(path.suffix in (".png", ".npy") for path in folder.iterdir())
+        if found and not (record.exists() and record.read_text() == settings):
             shared.fail(f"--out {folder} holds other pictures; remove it or name another")
         shared.replace_file(record, lambda file: file.write(settings.encode()))
     shared.wait_for_all()

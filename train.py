@@ -311,7 +311,8 @@ def main(args):
     # What shows and measures pictures.
     vae = shared.load_vae(args.vae).to(device) if args.vae else None
     if bool(vae) != bool(meta.get("vae")) and (vae or args.fid_every):
-        shared.fail(f"--vae: it is for latents, and {args.data} holds pixels; or the reverse")
+        holds = "latents: name" if meta.get("vae") else "pixels: leave out"
+        shared.fail(f"--data {args.data} holds {holds} --vae")
     if args.fid_every:
         inception = fid.load_inception(args.inception).to(device)
         if not (reference := fid.load_statistics(Path(args.fid_ref))):
