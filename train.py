@@ -550,7 +550,7 @@ def refuse_another_run(saved, args, meta, steps):
         if name not in MAY_CHANGE and getattr(args, name) != was:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             shared.fail(f"{flag}: {args.out} was trained with {was}; name another --out")
-    if saved["meta"] != meta:
+    if saved["meta"] | {"source": meta.get("source")} != meta:
         shared.fail(f"--data {args.data} is not the dataset of {args.out}; name another --out")
     if saved["step"] > steps:
         shared.fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
