@@ -598,6 +598,8 @@ def parse_args(argv=None):
         )
     if not glyphs and not Path(args.source).is_dir():
         parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of images")
+    if Path(args.source, "meta.json").exists():
+        parser.error(f"{args.source} is a dataset already; give a folder of images")
     if glyphs and (args.vae or args.flip):
         parser.error("--vae and --flip are for a folder of images, not for glyphs")
     return args
