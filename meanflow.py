@@ -239,8 +239,9 @@ class WithTangent(nn.Module):
         else:
             u = self.net(z, r, t, y)
             last = tuple(a[n:].clone() for a in (z, r, t))  # torch.compile fails with views
+            y_last = None if y is None else y[n:]
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                dudt = jvp(lambda z, r, t: self.net(z, r, t, y[n:]), last, (v, dr, dt))[1]
+                dudt = jvp(lambda z, r, t: self.net(z, r, t, y_last), last, (v, dr, dt))[1]
         return u.to(z.dtype), dudt.to(z.dtype)
 
 
@@ -380,7 +381,9 @@ def layer_norm_tangent(d, x, shape, weight=None, bias=None, eps=1e-5):
 
 
 def rms_norm_tangent(d, x, shape, weight=None, eps=None):
-    dims, eps = tuple(range(-len(shape), 0)), torch.finfo(x.dtype).eps if eps is None else eps
+    dims = tuple(range(-len(shape), 0))
+    if eps is None:  # torch computes a bfloat16 norm in float32
+        eps = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
     rstd = (x.square().mean(dims, keepdim=True) + eps).rsqrt()
     dx = rstd * (d[0] - x * rstd**2 * (x * d[0]).mean(dims, keepdim=True))
     return dx if weight is None else dx * weight

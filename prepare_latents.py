@@ -53,7 +53,7 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 def stored_shape(meta):
     """Shape of a row of images.npy: a latent's mean and standard deviation, or pixels."""
     channels, *size = meta["shape"]
-    return (2 * channels if meta["vae"] else channels, *size)
+    return (2 * channels if meta.get("vae") else channels, *size)
 
 
 class Dataset(torch.utils.data.Dataset):
@@ -87,7 +87,7 @@ class Dataset(torch.utils.data.Dataset):
     @property
     def epoch_length(self):
         """Pictures in an epoch: a picture and its mirror image count as one."""
-        return len(self) // 2 if self.meta["mirrored"] else len(self)
+        return len(self) // 2 if self.meta.get("mirrored") else len(self)
 
     def __reduce__(self):
         return Dataset, (self.path,)  # a worker process maps the array anew and copies nothing
@@ -99,7 +99,7 @@ class Dataset(torch.utils.data.Dataset):
 
 def network_input(stored, meta, generator=None):
     """The network's x (B, C, H, W) from rows of images.npy: pixels scaled, latents drawn afresh."""
-    if not meta["vae"]:
+    if not meta.get("vae"):
         return stored.float() * meta["scale"] + meta["shift"]
     mean, std = stored.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -160,7 +160,7 @@ class DatasetWriter:
         if not (labels >= 0).any():
             fail(f"{self.meta['source']} holds no readable picture")
         firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels[labels >= 0])[:10]]
-        each = 1 if self.meta["vae"] else 5  # to decode a latent takes a while on a CPU
+        each = 1 if self.meta.get("vae") else 5  # to decode a latent takes a while on a CPU
         rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
         save_grid(show(self.images[rows.ravel()]), self.out / "preview.png", columns=len(firsts))
         self.write_meta("meta.json")
@@ -715,8 +715,10 @@ def lock(folder):
     LOCKS.append(open(Path(folder, ".lock"), "a"))  # noqa: SIM115
     try:
         fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        fail(f"{folder} is in use by another run ({error.strerror}); name another --out")
+    except (BlockingIOError, PermissionError):  # other errors: a disk without locks
+        fail(f"{folder} is in use by another run; wait for its end or name another")
+    except OSError:
+        pass
 
 
 def load_weights(path):

@@ -142,7 +142,7 @@ def main(args):
     # The network, the decoder and the labels.
     net, checkpoint = load_checkpoint(args.checkpoint)
     vae = shared.load_vae(args.vae) if args.vae else None
-    if encoder := checkpoint["meta"]["vae"]:
+    if encoder := checkpoint["meta"].get("vae"):
         if not vae:
             shared.fail(f"{args.checkpoint} draws latents: name the weights of their --vae")
         if vae.fingerprint() != encoder:

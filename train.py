@@ -11,10 +11,12 @@ SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and exits with 128 + 
 """
 
 import argparse
+import atexit
 import copy
 import dataclasses
 import json
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -370,6 +372,7 @@ def main(args):
     caught = []
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         signal.signal(getattr(signal, name), lambda signum, _: caught.append(signum))
+    atexit.register(end_workers)
     batches, history, affinities, saved_at, clock = iter(loader), [], [], start, time.time()
 
     for step in range(start, steps + 1):
@@ -512,9 +515,16 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
 
 
 def own_group(_):
-    """A worker of the loader leaves the run's process group, so that Ctrl-C and schedulers do not
-    stop it: the step in progress needs its data."""
+    """Keeps a worker of the loader alive through Ctrl-C and a scheduler's SIGTERM, also where every
+    process of a job gets it: the step in progress needs its data."""
     os.setpgrp()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers():
+    """At exit, since Python would send the workers SIGTERM and wait for ever after an error."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
 
 
 def largest(number):
