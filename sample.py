@@ -24,6 +24,8 @@ import meanflow
 import prepare_latents as shared  # its last section is shared by the scripts
 from model import build
 
+CHECKPOINT_FORMAT = 2  # raised when a reader of the old one would misread the new
+
 
 def read_checkpoint(path):
     """What train.py saved in a file, memory-mapped; nothing in it is executed."""
@@ -31,6 +33,8 @@ def read_checkpoint(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         if lacking := {"net", "ema", "step", "args", "meta"} - checkpoint.keys():
             raise ValueError(f"it lacks {min(lacking)}")
+        if checkpoint.get("format") != CHECKPOINT_FORMAT:
+            raise ValueError("it was saved by another version of the code")
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
         shared.fail(f"{path} is no whole checkpoint of train.py ({shared.one_line(error)})")
     return checkpoint

@@ -1247,8 +1247,16 @@ def random_start(path, meta, conditioning="t,t-r"):
     for parameter in net.parameters():
         parameter.data += 0.1 * torch.randn(parameter.shape)
     args, state = dict(model="tiny", conditioning=conditioning), net.state_dict()
-    torch.save(dict(net=state, ema=state, step=0, args=args, meta=meta), path)
+    kind = dict(format=sample.CHECKPOINT_FORMAT, step=0, args=args, meta=meta)
+    torch.save(dict(net=state, ema=state) | kind, path)
     return net
+
+
+def test_a_checkpoint_of_another_format_is_refused(glyphs, tmp_path, capsys):
+    state = run(glyphs, tmp_path, "--steps", 1)
+    torch.save(state | {"format": 1}, tmp_path / "last.pt")
+    code, line = refusal(capsys, sample, tmp_path / "last.pt", "--out", tmp_path / "x.png")
+    assert (code, "saved by another version" in line) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -1615,7 +1623,11 @@ def test_a_signal_to_the_workers_too_leaves_no_traceback(start, tmp_path, number
     log = tmp_path / "log"
     (job,) = start(log, "--out", tmp_path / "run", "--workers", 2, "--steps", 100_000)
     seen(log, "step 3/", job)
-    os.killpg(job.pid, number)  # as Ctrl-C and schedulers do
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    assert len(workers) == 2
+    for worker in workers:  # as a scheduler does that signals every process
+        os.kill(int(worker), number)
+    os.killpg(job.pid, number)  # as Ctrl-C does
     assert job.wait(60) == 128 + number
     assert "Traceback" not in log.read_text()
     at = int(re.search(rf"{number.name}: stopped after step ([\d,]+);", log.read_text())[1])

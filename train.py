@@ -42,7 +42,7 @@ import meanflow
 import prepare_latents as shared  # its last section is shared by the scripts
 import schedules
 from model import CONDITIONINGS, CONFIGS, build
-from sample import draw, keyed_generator, read_checkpoint
+from sample import CHECKPOINT_FORMAT, draw, keyed_generator, read_checkpoint
 
 # ---------------------------------------------------------------------------- recipes
 
@@ -414,7 +414,7 @@ def main(args):
         if saves:
             state = {name: part.state_dict() for name, part in parts.items()}
             state |= {"step": step, "args": vars(args), "meta": meta, "micro": micro}
-            state |= {"torch": str(torch.__version__)}
+            state |= {"format": CHECKPOINT_FORMAT, "torch": str(torch.__version__)}
             if rank == 0:
                 shared.replace_file(last, partial(torch.save, state))
             saved_at = step
