@@ -21,7 +21,7 @@ from scipy.linalg import eigvalsh, lapack
 from torch import nn
 from torch.utils.data import DataLoader
 
-import prepare_latents as shared  # its last section is shared by the scripts
+import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
 
 FEATURES, CLASSES = 2048, 1008
 # The Inception score is the mean over splits of 5,000 consecutive images, as in ADM's evaluation.
@@ -272,8 +272,7 @@ class Pictures:
 def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
     """Statistics.result() of pictures. Each rank processes its share of the batches."""
     count, workers = len(pictures.rows), workers if pictures.files else 0
-    batches = [range(i, min(i + batch_size, count)) for i in range(0, count, batch_size)]
-    mine, pin = batches[rank::world], torch.cuda.is_available()
+    mine, pin = shared.batches_of(count, batch_size)[rank::world], torch.cuda.is_available()
     data = DataLoader(pictures, batch_size=None, sampler=mine, num_workers=workers, pin_memory=pin)
     progress = shared.Progress(f"{what}, rank 0 of {world}", sum(map(len, mine)), silent=rank > 0)
     statistics = Statistics(net, count)

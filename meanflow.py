@@ -7,7 +7,7 @@
     z_r = z_t - (t - r) u(z_t, r, t)                                       sampling, Eq. 12
 
 t = 1 is noise, t = 0 is data, r <= t. A network is any callable net(z, r, t, y) -> u shaped like z.
-`textbook_loss` is the algorithm as the paper prints it, `loss` the same for two thirds of the cost.
+`textbook_loss` is the algorithm as printed, `loss` the same at about two thirds of the cost.
 """
 
 import copy
@@ -34,9 +34,9 @@ class Objective:
     """The constants of the loss; the defaults are MeanFlow without guidance.
 
     omega, kappa: guidance inside the target, Eq. 21; the effective scale is omega / (1 - kappa).
-    It applies where t is in cfg_interval and the label is not null_label.
-    tangent: (dr, dt) of the JVP; any other than (0, 1) is deliberately wrong, Tab. 1b.
-    p, c: adaptive weight, Eq. 22. differs: c = 1e-3 as in the paper; the authors' code has 0.01.
+    Guidance applies where t is in cfg_interval and the label is not null_label.
+    tangent: (dr, dt) of the JVP; values other than (0, 1) are for the ablation of Tab. 1b.
+    p, c: adaptive weight, Eq. 22. differs: c = 1e-3 as in the paper; the JAX code has 0.01.
     """
 
     null_label: int = 0
@@ -74,7 +74,7 @@ def drop_labels(y, null_label, p, generator=None):
 
 
 def guided_velocity(v, u_label, u_null, t, y, objective):
-    """v~ of Eq. 21, or of Eq. 19 where kappa = 0; v where t or y is not guided. All (B, ...)."""
+    """v~ of Eq. 21 (Eq. 19 if kappa = 0); returns v where guidance does not apply. All (B, ...)."""
     omega, kappa, (lo, hi) = objective.omega, objective.kappa, objective.cfg_interval
     guided = omega * v + kappa * u_label + (1 - omega - kappa) * u_null
     return torch.where(expand((t >= lo) & (t <= hi) & (y != objective.null_label), v), guided, v)
@@ -90,8 +90,8 @@ def weighted_error(u, u_tgt, weight, objective):
 
     |.|^2 is summed over C, H, W. weight: (B,) alpha or beta; it multiplies the loss after the
     adaptive weight, which would otherwise cancel it (arXiv 2511.19065v1, App. B).
-    The errors are |u - u_tgt|^2 / (C H W) of each sample, (B,), without gradient. They show
-    progress; the loss does not: with p = 1 it is about 1 however good u is.
+    The errors are |u - u_tgt|^2 / (C H W) of each sample, (B,), without gradient. Use them to
+    monitor training: with p = 1 the loss stays near 1 however good u is.
     """
     squared_error = (u - u_tgt).square().flatten(1).sum(1)  # (B,)
     w = 1 / (squared_error.detach() + objective.c) ** objective.p  # (B,)
@@ -101,7 +101,7 @@ def weighted_error(u, u_tgt, weight, objective):
 def textbook_loss(net, x, e, r, t, y, weight=1.0, objective=Objective()):
     """Algorithm 1 as printed, with Eq. 21's guidance: for reading, the tests and --bench.
 
-    x, e: (B, C, H, W) data and noise; r, t: (B,); y: (B,) labels. Returns as `weighted_error`.
+    x, e: (B, C, H, W) data and noise; r, t: (B,); y: (B,) labels. Returns like `weighted_error`.
     """
     z, v = interpolate(x, e, t)  # (B, C, H, W)
     if objective.guided:
@@ -122,13 +122,13 @@ def textbook_loss(net, x, e, r, t, y, weight=1.0, objective=Objective()):
 def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise=None):
     """`textbook_loss` of a batch whose first samples have r = t and whose last num_neq have r < t.
 
-    Three things make it cheaper. Where r = t the JVP is multiplied by zero, so it is taken of the
-    last samples alone. The target has no gradient, so the JVP has no graph and is carried along the
-    one forward of the whole batch (`WithTangent`). And where r = t that forward gives the
-    u(z, t, t | y) that guidance needs. With fixed sizes, no shape depends on data.
+    Three things make it cheaper. Where r = t the JVP is multiplied by zero, so it is computed only
+    for the last samples. The target has no gradient, so the JVP needs no graph and is computed in
+    the one forward of the whole batch (`WithTangent`). Where r = t, that forward also gives the
+    u(z, t, t | y) that guidance needs. num_neq is fixed, so all shapes are static.
 
-    net: any network; a `WithTangent`, also inside DDP, carries the tangents, others are
-    differentiated by torch.func.jvp. v_noise: like x, added to the target where r = t.
+    net: any network. A `WithTangent`, also inside DDP, computes du/dt in its forward; for others
+    torch.func.jvp does. v_noise: like x, added to the target where r = t.
     """
     if not isinstance(net, (WithTangent, DistributedDataParallel)):
         net = WithTangent(net, carried=False)
@@ -152,7 +152,7 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
 
 
 def corruption(v, k, generator=None):
-    """k |v| N(0, I), to spoil the target where r = t: arXiv 2511.19065v1, Sec. 4.1 and Fig. 3.
+    """k |v| N(0, I), noise for the target where r = t: arXiv 2511.19065v1, Sec. 4.1 and Fig. 3.
 
     differs: the paper does not say over what |v| is taken; here it is over C, H, W of a sample.
     """
@@ -167,8 +167,8 @@ def corruption(v, k, generator=None):
 def sample(net, e, y, nfe=1, velocity=False, times=None):
     """Images from noise e: (B, C, H, W) in `nfe` evaluations under labels y: (B,).
 
-    Each step is z_r = z_t - (t - r) u(z_t, r, t), Eq. 12; nfe = 1 is x = e - u(e, 0, 1). With
-    velocity, u(z_t, t, t) takes the place of u(z_t, r, t): Euler on the instantaneous velocity
+    Each step is z_r = z_t - (t - r) u(z_t, r, t), Eq. 12; nfe = 1 is x = e - u(e, 0, 1). If
+    velocity is True, u(z_t, t, t) replaces u(z_t, r, t): Euler on the instantaneous velocity
     (arXiv 2511.19065v1, Tab. 5). times: decreasing; None is uniform from 1 to 0.
     """
     times = torch.linspace(1, 0, nfe + 1).tolist() if times is None else times
@@ -185,7 +185,7 @@ def sample(net, e, y, nfe=1, velocity=False, times=None):
 
 def affinity(net, x, e, y, sample_times, pairs_of_gaps, objective):
     """Cosine of the gradient of the r = t loss with that of the r < t loss in each range of gaps,
-    arXiv 2511.19065v1, Sec. 4.3: (ranges,). Leaves the gradients in .grad alone.
+    arXiv 2511.19065v1, Sec. 4.3: (ranges,). Does not modify .grad.
 
     sample_times(num_eq, num_neq, pairs=None) -> t, r; pairs_of_gaps: `schedules.time_pairs` of
     each range. differs: the paper does not say which samples and weights are used. Here all the
@@ -249,15 +249,14 @@ class WithTangent(nn.Module):
 def why_not_carried(net, shape):
     """'' where Duals give the du/dt of torch.func.jvp, else the reason in one line.
 
-    shape: (C, H, W) of z. A copy of net with random weights is tried, since the u of a new network
-    is 0, scaled to keep the size of a signal; on three samples with the tangents of two.
+    shape: (C, H, W) of z. Tests a copy of net with random weights, because a new network gives 0;
+    they are scaled so that signals keep their size. Uses three samples, two of them with tangents.
     """
     net, device = copy.deepcopy(net), next(net.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
-    for weight in net.parameters():
-        weight.normal_(
-            std=weight[0].numel() ** -0.5 if weight.dim() > 1 else 0.1, generator=generator
-        )
+    for parameter in net.parameters():
+        std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
+        parameter.normal_(std=std, generator=generator)
     z, v = torch.randn(2, 3, *shape, generator=generator, device=device)
     t, y = torch.tensor([0.3, 0.6, 0.9], device=device), torch.zeros(3, dtype=torch.long).to(device)
     precision = torch.get_float32_matmul_precision()
@@ -265,12 +264,12 @@ def why_not_carried(net, shape):
     _, expected = WithTangent(net, carried=False)(z, t / 2, t, y, v[1:])
     try:
         _, dudt = WithTangent(net)(z, t / 2, t, y, v[1:])
-    except Exception as error:  # the network alone has just run, so that a Dual is the reason
+    except Exception as error:  # the network itself has just run, so the error is the Dual's
         return " ".join(f"{type(error).__name__}: {error}".split())
     finally:
         torch.set_float32_matmul_precision(precision)
-    error = (dudt - expected).norm() / expected.norm()
-    return "" if error < 1e-3 else f"du/dt differs by {error:.1e} from torch.func.jvp's"
+    difference = (dudt - expected).norm() / expected.norm()
+    return "" if difference < 1e-3 else f"du/dt differs by {difference:.1e} from torch.func.jvp's"
 
 
 def apply(function, *args, **kwargs):
@@ -284,10 +283,10 @@ def operation(function, reflected=False):
 class Dual:
     """A value of a batch, (B, ...), and the tangent of its last m samples, (m, ...).
 
-    torch's functions, and so its modules, take a Dual for a tensor: they compute the value as ever,
-    with its graph, and the tangent by the function's rule in RULES, without one. That is
-    forward-mode differentiation of m samples alone, and no layer runs twice. A function without a
-    rule raises NotImplementedError.
+    torch's functions, and so its modules, accept a Dual in place of a tensor. The value is computed
+    as usual, and the tangent by the function's rule in RULES, without a graph: forward-mode
+    differentiation of m samples, in which no layer runs twice. A function without a rule raises
+    NotImplementedError.
     """
 
     def __init__(self, value, tangent):
@@ -301,7 +300,7 @@ class Dual:
             raise NotImplementedError(f"no rule for the tangent of {name}")
         if any(isinstance(a, Dual) for a in kwargs.values()):
             raise NotImplementedError(f"a Dual as a named argument of {name}")
-        with torch.no_grad():  # the tangent first, as the function may work in place
+        with torch.no_grad():  # the tangent first: the function may modify its input
             if name in LINEAR:
                 dy = function(*each(args, lambda a: a.tangent, zero), **kwargs)
             else:
@@ -315,7 +314,7 @@ class Dual:
         sizes = []
         each([*args, result], lambda a: sizes.append((len(a.value), len(a.tangent))))
         if len(set(sizes)) > 1:
-            raise NotImplementedError(f"{name} does not leave the batch as it is")
+            raise NotImplementedError(f"{name} changes the batch dimension")
         return result
 
     def __getattr__(self, name):  # x.cos() is torch.cos(x)
@@ -326,7 +325,7 @@ class Dual:
 
     def __getitem__(self, index):
         if not isinstance(index, tuple) or index[0] != slice(None):
-            raise NotImplementedError("a part of the batch")
+            raise NotImplementedError("indexing of the batch dimension")
         return Dual(self.value[index], self.tangent[index])
 
     def __eq__(self, other=None):
@@ -342,8 +341,7 @@ class Dual:
 
 
 def each(args, of_dual, of_constant=lambda a: a):
-    """The arguments of a torch function, lists of them too: each Dual through of_dual, the others
-    through of_constant."""
+    """of_dual of each Dual and of_constant of everything else, also inside lists."""
     return [
         each(a, of_dual, of_constant)
         if isinstance(a, (list, tuple))
@@ -353,7 +351,7 @@ def each(args, of_dual, of_constant=lambda a: a):
 
 
 def zero(a):
-    """The tangent of a constant, where a function is linear; what is no tensor stays as it is."""
+    """The tangent of a constant in a linear function; a non-tensor is returned unchanged."""
     return torch.zeros_like(a) if isinstance(a, torch.Tensor) else a
 
 
@@ -396,9 +394,9 @@ def attention_tangent(d, q, k, v):
     return (p_ds - p * p_ds.sum(-1, keepdim=True)) @ v + p @ dv
 
 
-# Tangents by the name of the function: from the tangents d of its arguments, 0 for a constant, and
-# the arguments. The Jacobians of SiLU, GELU and the normalisation are symmetric: their backward is
-# their forward derivative. The attention's matrix is computed anew: flash attention keeps none.
+# The tangent of a function, by its name. A rule takes the tangents d of the arguments, 0 for
+# constants, and the arguments. The Jacobians of SiLU, GELU and the normalisation are symmetric, so
+# their backward is their forward derivative. Attention recomputes its matrix: flash stores none.
 RULES = {
     "add": lambda d, a, b: d[0] + d[1],
     "sub": lambda d, a, b: d[0] - d[1],
@@ -420,15 +418,16 @@ RULES = {
     "scaled_dot_product_attention": attention_tangent,
     "reshape": reshape_tangent,
 }
-# Linear functions: the function itself, of the tangents.
+# Linear functions are applied to the tangents themselves.
 LINEAR = {"cat", "stack", "chunk", "unbind", "transpose", "unflatten", "flatten"}
 LINEAR |= {"pixel_unshuffle", "pixel_shuffle"}
-ALIASES = {"truediv": "div", "__truediv__": "div", "view": "reshape"}  # what Python and torch call
+ALIASES = {"truediv": "div", "__truediv__": "div", "view": "reshape"}  # other names for the same
 
 
 def checkpointed(block, x, c):
-    """block(x, c), with only its inputs kept for the backward, which runs it again; for Duals too,
-    whose tensors are passed one by one, since torch.compile lets nothing else through."""
+    """Activation checkpointing: keeps only the inputs of block(x, c) and runs it again in backward.
+
+    The tensors of Duals are passed one by one, because torch.compile requires it."""
     if not isinstance(x, Dual):
         return checkpoint(block, x, c, use_reentrant=False)
 

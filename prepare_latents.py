@@ -42,7 +42,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
-EMPTY, UNREADABLE = -1, -2  # labels of rows that hold no picture yet, or never will
+EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -110,8 +110,8 @@ class DatasetWriter:
     """Fills a dataset in place, on one process or several, and resumes where another run ended.
 
     images.npy and labels.npy have their full size from the start, every label EMPTY. The images of
-    a batch are on the disk before their labels are written: whatever has a label is there.
-    Rank 0 makes the files: it comes first.
+    a batch are on the disk before their labels are written: a row with a label is complete.
+    Rank 0 must be the first to construct it: it makes the files.
     """
 
     DRAFT = "unfinished.json"  # becomes meta.json
@@ -165,12 +165,11 @@ class DatasetWriter:
         save_grid(show(self.images[rows.ravel()]), self.out / "preview.png", columns=len(firsts))
         self.write_meta("meta.json")
         (self.out / self.DRAFT).unlink()
-        skipped = (labels == UNREADABLE).sum()
+        shape, classes = tuple(self.meta["shape"]), len(self.meta["classes"])
+        whole = int((labels >= 0).sum())
+        skipped = f"; {len(labels) - whole} could not be read" * (whole < len(labels))
         print(
-            f"{self.out}: {len(labels) - skipped:,} pictures {tuple(self.meta['shape'])} of "
-            f"{len(self.meta['classes'])} classes, see preview.png"
-            + f"; {skipped} could not be read"
-            * bool(skipped)
+            f"{self.out}: {whole:,} pictures {shape} of {classes} classes, see preview.png{skipped}"
         )
 
 
@@ -219,7 +218,7 @@ def center_crop(image, size):
 def image_files(folder):
     """The pictures in a folder and all its sub-folders, sorted."""
     paths = Path(folder).rglob("*")
-    return sorted(path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES)
+    return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -267,8 +266,8 @@ def collate(items):
 def write_folder(args):
     """A folder of images as pixels or, with a VAE, as latents; mirrored ones only by --flip.
 
-    The unit of work is a batch of given pictures, whichever rank it falls to and whenever: so the
-    arrays come out the same on any number of ranks and however often the work was interrupted.
+    Work is split into batches of given pictures, so the arrays do not depend on the number of ranks
+    or on interruptions. differs: latents are float16 by default; the authors' code has float32.
     """
     rank, world, device = join_ranks()
     folder = ImageFolder(args.source, args.size)
@@ -312,12 +311,13 @@ def write_folder(args):
     say = print if rank == 0 else lambda _: None
     if writer.complete:
         say(f"{args.out} is complete already")
+        leave_ranks()
         return
-    batches = [range(i, min(i + args.batch_size, count)) for i in range(0, count, args.batch_size)]
+    batches = batches_of(count, args.batch_size)
     todo = [batch for batch in batches if (writer.labels[batch] < 0).any()]
     if done := count - sum(map(len, todo)):
         say(f"{args.out}: {done:,} of {count:,} pictures are done already")
-    wait_for_all()  # nobody writes before everybody has seen the same work
+    wait_for_all()  # no rank writes before all have listed the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
     loader = torch.utils.data.DataLoader(
         folder, batch_sampler=todo, num_workers=args.workers, collate_fn=collate,
@@ -330,7 +330,7 @@ def write_folder(args):
             if not args.skip_unreadable:
                 fail(f"{fault}; replace it or pass --skip-unreadable")
             print(f"\nskipped: {fault}", file=sys.stderr)
-        if args.flip:  # first, so that a label among the first half vouches for both
+        if args.flip:  # first: a label in the first half implies that both rows are written
             background(writer.write, count + batch[0], encode(pixels.flip(-1)), labels)
         background(writer.write, batch[0], encode(pixels), labels)
         progress(len(batch))
@@ -381,18 +381,20 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
         shift=-1.0, classes=[str(digit) for digit in range(10)], source=f"glyphs, seed {seed}",
         files=f"seed {seed}", vae=None, mirrored=False,
     )  # fmt: skip
-    if (out / "meta.json").exists() and DatasetWriter(out, meta).complete:
-        print(f"{out} is complete already")
-        return
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
+    lock(out, wait=True)  # several runs may start at once where it is missing
     writer = DatasetWriter(out, meta)
-    rng, progress = np.random.default_rng(seed), Progress(out, count)
-    for start in range(0, count, 1000):
-        labels = np.arange(start, min(start + 1000, count)) % 10
-        writer.write(start, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
-        progress(len(labels))
-    writer.finish(show=lambda rows: rows)
+    if writer.complete:
+        print(f"{out} is complete already")
+    else:
+        rng, progress = np.random.default_rng(seed), Progress(out, count)
+        for batch in batches_of(count, 1000):
+            labels = np.array(batch) % 10
+            pictures = np.stack([draw_digit(k, size, rng)[None] for k in labels])
+            writer.write(batch[0], pictures, labels)
+            progress(len(batch))
+        writer.finish(show=lambda rows: rows)
+    LOCKS.pop().close()
 
 
 # ---------------------------------------------------------------------------- the VAE
@@ -653,13 +655,17 @@ def leave_ranks():
         dist.destroy_process_group()
 
 
+def batches_of(count, size):
+    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+
+
 def default_workers():
     """Processes that decode images for a rank: its share of the cores, at most 8."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 class Progress:
-    """How far long work is: a line rewritten in place, or in a log file a new one now and then."""
+    """Progress of a long task: a line rewritten in place; in a log file a new one now and then."""
 
     def __init__(self, what, total, silent=False, of="pictures"):
         self.what, self.total, self.silent, self.of, self.done = what, total, silent, of, 0
@@ -708,13 +714,13 @@ def replace_file(path, write):
 LOCKS = []  # open as long as the process lives: to close one is to give it up
 
 
-def lock(folder):
-    """Make a directory this process's own until it ends."""
+def lock(folder, wait=False):
+    """Make a directory this process's own until it ends; of another's, wait for that or fail."""
     import fcntl  # not on Windows
 
     LOCKS.append(open(Path(folder, ".lock"), "a"))  # noqa: SIM115
     try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):  # other errors: a disk without locks
         fail(f"{folder} is in use by another run; wait for its end or name another")
     except OSError:

@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 import meanflow
-import prepare_latents as shared  # its last section is shared by the scripts
+import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
 from model import build
 
 CHECKPOINT_FORMAT = 2  # raised when a reader of the old one would misread the new
@@ -44,7 +44,7 @@ def load_checkpoint(path):
     """(EMA network on the CPU, the whole checkpoint)."""
     checkpoint = read_checkpoint(path)
     args = checkpoint["args"]
-    with torch.device("meta"):  # the weights bring the memory
+    with torch.device("meta"):  # the checkpoint's tensors are used directly
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
     shared.load_strictly(net, checkpoint["ema"], path)
     return net.eval(), checkpoint
@@ -75,14 +75,14 @@ def draw(net, labels, indices=None, seed=0, nfe=1, velocity=False):
 
 
 def files_of(batch, folder, kind):
-    """Where the pictures of a batch of indices go: a PNG each, or one piece of the one file."""
+    """Where the pictures of a batch of indices go: a PNG each, or one part of the file."""
     if kind:
         return [folder / f"{batch[0]:06d}.npy"]
     return [folder / f"{index:06d}.png" for index in batch]
 
 
 def save_batch(paths, pixels):
-    """Pixels (n, C, H, W) of a batch into its files, each of them there as a whole or not."""
+    """Pixels (n, C, H, W) of a batch into its files, each written atomically."""
     if paths[0].suffix == ".npy":
         shared.replace_file(paths[0], lambda file: np.save(file, pixels))
     else:
@@ -121,7 +121,7 @@ def parse_args(argv=None):
     add("--vae", help="weights of the VAE that decodes latents, in diffusers' format")
     # The long name is for torchrun, which takes --num for an abbreviation of its --numa-binding.
     add("--num", "--num-samples", type=int, default=100, help="number of pictures")
-    add("--classes", type=int, nargs="+", help="labels to go through in turn, else all")
+    add("--classes", type=int, nargs="+", help="labels to cycle through, else all")
     add("--random-classes", action="store_true", help="draw the labels at random, not in turn")
     add("--nfe", type=int, default=1, help="evaluations of the network for a picture")
     add("--velocity", action="store_true", help="Euler on u(z, t, t), the instantaneous velocity")
@@ -157,12 +157,12 @@ def main(args):
     classes = args.classes or every
     if not set(classes) <= set(every):
         shared.fail(f"--classes: {args.checkpoint} has the labels 0 to {every[-1]}")
-    picks = np.arange(num) % len(classes)
+    picks = np.arange(num) % len(classes)  # differs: the authors' code draws labels at random
     if args.random_classes:
         picks = np.random.default_rng(args.seed).integers(len(classes), size=num)
     labels = [classes[i] for i in picks]
 
-    # What is drawn is kept beside unfinished pictures and in a finished .npz, to mix nothing.
+    # The settings are stored with the pictures, so that two different runs are never mixed.
     names = ["num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype"]
     settings = {name: vars(args)[name] for name in names} | {"step": checkpoint["step"]}
     settings["weights"] = [part and shared.fingerprint(part.state_dict()) for part in (net, vae)]
@@ -174,6 +174,7 @@ def main(args):
             if archive.comment.decode() != settings:
                 shared.fail(f"--out {out} holds other pictures; remove it or name another")
         say(f"{out} is complete already")
+        shared.leave_ranks()
         return
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -186,11 +187,10 @@ def main(args):
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.
-    firsts = range(0, num, args.batch_size)
-    batches = [range(first, min(first + args.batch_size, num)) for first in firsts]
+    batches = shared.batches_of(num, args.batch_size)
     todo = [b for b in batches if not all(path.exists() for path in files_of(b, folder, kind))]
     todo = todo[rank::world]
-    shared.wait_for_all()  # nobody saves before everybody has seen the same work
+    shared.wait_for_all()  # no rank saves before all have listed the same work
     net.to(device)
     if vae:
         vae.to(device)

@@ -1,12 +1,12 @@
-"""When to look and how much it counts: the distribution of (t, r), and the weights on the losses.
+"""The distribution of (t, r), and the weights of the losses.
 
 The base distribution of times is MeanFlow's (arXiv 2505.13447v1, Sec. 4.3). Around it stand the
 three parts of the improved training (arXiv 2511.19065v1, Sec. 5 and App. B): the progressive weight
 beta on samples with r < t, and two ways to form the instantaneous velocity early, a weight alpha on
 samples with r = t (MinSNR's) or DTD's curriculum over times.
 
-A base distribution is given by its quantile function q -> t. Uniform q sample it, uniform q near 1
-alone truncate it to its noisiest part, and a midpoint rule in q integrates over it.
+A base distribution is given by its quantile function q -> t. Uniform q samples from it, uniform q
+near 1 samples only its largest times, and a midpoint rule in q integrates over it.
 """
 
 import torch
@@ -53,7 +53,7 @@ def midpoints(grid):
 
 
 def time_pairs(quantile, gap, grid=1024):
-    """(t, r) of every two points of a lattice of quantiles whose gap t - r lies in `gap`: (2, K).
+    """All pairs (t, r) from a lattice of quantiles whose gap t - r lies in `gap`: (2, K).
 
     The pairs are equally likely, so a mean over them is an expectation over r < t samples with such
     gaps (midpoint rule). K is 0 where no pair has such a gap.
@@ -71,7 +71,7 @@ def mean_over_v_samples(function, quantile, grid=100_000):
 
 
 def beta_lambda(quantile, pairs=None):
-    """lambda = 1 / E[1 - dt], arXiv 2511.19065v1, Sec. 5, over `pairs` or any two draws.
+    """lambda = 1 / E[1 - dt], arXiv 2511.19065v1, Sec. 5, over `pairs`, else over two draws.
 
     For two draws E[dt] = 2 (E[the larger] - E[one]). Default times: lambda = 1.3045.
     """
@@ -103,8 +103,8 @@ def minsnr(t, gamma=5.0):
 
 
 # Weights alpha(t) of samples with r = t, by the name of their --accel; each takes (t, gamma).
-# differs: the papers do not say how alpha is scaled. train.py divides it by `mean_over_v_samples`:
-# so it re-weights the samples with r = t among themselves and leaves their share of the loss alone.
+# differs: the papers do not say how alpha is scaled. train.py divides it by `mean_over_v_samples`,
+# so alpha re-weights the samples with r = t among themselves and keeps their total weight.
 ALPHAS = {"minsnr": minsnr}
 
 
@@ -113,14 +113,13 @@ class DTD(nn.Module):
 
     The base distribution is cut into `clusters` slices of equal mass, and stage n trains on the n
     noisiest (largest t), which are the easiest. When the smoothed v-loss has not improved for
-    `patience` steps in a row, the next slice joins. After the last stage the base is in use.
-    All state is tensors on the device: reading the loss on the host would stall a GPU every step.
+    `patience` steps in a row, the next slice is added. The last stage uses all times.
+    State is kept in tensors on the device, so that a GPU is never waited for.
 
-    differs: the papers leave open which times, which loss paces, and for how long. Here t and r are
-    both drawn from the slices in use, which also keeps early gaps short; the loss is the unweighted
-    squared error per dimension (the adaptively weighted one is about 1 whatever happens), smoothed
-    by an EMA; and all times are in use after the share `cap` of the run's `steps`, since stage n
-    begins by step cap steps (n - 1) / (clusters - 1) at the latest.
+    differs: the papers leave three things open. Times: t and r are both drawn from the slices in
+    use, which also keeps early gaps short. Loss: the unweighted squared error per dimension,
+    smoothed by an EMA; the adaptively weighted loss is always about 1. Length: stage n begins by
+    step cap * steps * (n - 1) / (clusters - 1), so all times are in use after that share `cap`.
     """
 
     SMOOTHING = 0.95  # of the loss's EMA: a window of about 20 steps
@@ -140,13 +139,13 @@ class DTD(nn.Module):
 
     @torch.no_grad()
     def update(self, v_loss, step):
-        """Take in the v-loss of `step` (0-d tensor, the same on all ranks); settle step + 1."""
+        """Update with the v-loss of `step` (0-d, the same on all ranks): sets the next stage."""
         first = self.smoothed.isinf()
         smoothed = torch.where(first, v_loss, torch.lerp(v_loss, self.smoothed, self.SMOOTHING))
         waited = torch.where(smoothed < self.best, 0.0, self.waited + 1)
         latest = 1 + int((self.clusters - 1) * min((step + 1) / self.last, 1))
         stage = (self.stage + (waited >= self.patience)).clamp(min=latest, max=self.clusters)
-        moved = stage > self.stage  # another stage has another loss: begin to compare afresh
+        moved = stage > self.stage  # another stage has another loss
         self.smoothed.copy_(torch.where(moved, torch.inf, smoothed))
         self.best.copy_(torch.where(moved, torch.inf, torch.minimum(self.best, smoothed)))
         self.waited.copy_(torch.where(moved, 0.0, waited))

@@ -381,7 +381,7 @@ FORKS = {  # what the reason says, or nothing where tangents are carried: change
     "mean": lambda x: x - x.mean(1, keepdim=True),
     "einops": lambda x: rearrange(x, "b n (h d) -> b n (d h)", h=2),
     "comparison": lambda x: x * (x == x[:, :1]),
-    "leave the batch": lambda x: torch.cat(x.chunk(2), 0),
+    "the batch dimension": lambda x: torch.cat(x.chunk(2), 0),
 }
 
 

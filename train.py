@@ -39,20 +39,20 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import meanflow
-import prepare_latents as shared  # its last section is shared by the scripts
+import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
 import schedules
 from model import CONDITIONINGS, CONFIGS, build
 from sample import CHECKPOINT_FORMAT, draw, keyed_generator, read_checkpoint
 
 # ---------------------------------------------------------------------------- recipes
 
-# The default datasets, and what --dry-run and --bench take them to be before they are made: the
-# number of pictures, their shape (C, H, W) and the number of classes.
+# The default datasets, and what --dry-run and --bench assume where they do not exist: the number of
+# pictures, their shape (C, H, W) and the number of classes.
 GLYPHS, IMAGENET = "data/glyphs", "data/imagenet"
 ASSUMED = {GLYPHS: (20_000, (1, 16, 16), 10), IMAGENET: (1_281_167, (4, 32, 32), 1000)}
 
-# arXiv 2505.13447v1, Tab. 4: what most models share, then what is a model's own. How many workers
-# read the data, and how often a run logs, draws and saves, is ours.
+# arXiv 2505.13447v1, Tab. 4: shared defaults, then each model's own. The number of workers, and how
+# often a run logs, draws and saves, is ours.
 PAPER = dict(
     epochs=240, batch_size=256, lr=1e-4, warmup=0, adam_beta2=0.95, ema_decay=0.9999,
     label_drop=0.1, omega=1.0, kappa=0.5, cfg_interval=(0.0, 1.0), r_neq_t=0.25,
@@ -72,7 +72,8 @@ RECIPES = {name: {} for name in CONFIGS} | {
 EDGES = (0.1, 0.3, 0.5, 0.7, 0.9)
 GAPS = list(pairwise(EDGES))
 
-# Flags that may differ when a run is resumed; the data is compared by its meta.json.
+# Flags that may differ when a run is resumed. Another length is allowed, although beta and DTD go
+# by the share of the run. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 MAY_CHANGE |= {"data", "out", "dry_run", "init_from", "vae", "inception", "fid_ref", "fid_every"}
 MAY_CHANGE |= {"affinity_every", "fid_num", "activation_checkpointing", "bench", "micro_batch_size"}
@@ -151,13 +152,23 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("improved training, arXiv 2511.19065").add_argument
     accels = ("none", *schedules.ALPHAS, "dtd")
-    add("--accel", choices=accels, default="dtd", help="how to form v early")
+    add("--accel", choices=accels, default="dtd", help="how to learn v early")
     add("--progressive", action=switch, help="weight beta on r < t; on unless --accel none")
-    add("--beta-k", type=positive, default=1.0, help="its pace: s = 1 - (i / T)^k")
+    add("--beta-k", type=positive, default=1.0, help="exponent k of beta's s = 1 - (i / T)^k")
     add("--snr-gamma", type=positive, default=5.0, help="minsnr: clip of the SNR")
     add("--dtd-clusters", type=count, default=20, help="dtd: stages")
-    add("--dtd-patience", type=count, default=200, help="dtd: steps without progress in a stage")
-    add("--dtd-cap", type=share, default=0.2, help="dtd: share of the run for all stages, at most")
+    add(
+        "--dtd-patience",
+        type=count,
+        default=200,
+        help="dtd: steps without improvement before the next",
+    )
+    add(
+        "--dtd-cap",
+        type=share,
+        default=0.2,
+        help="dtd: share of the run after which all are in use",
+    )
     add("--v-noise", type=share, default=0.0, help="corrupt r = t targets by noise of size k |v|")
     add("--gap", type=share, nargs=2, metavar=("LO", "HI"), help="r < t samples: range of t - r")
 
@@ -177,6 +188,7 @@ def parse_args(argv=None):
     add("--activation-checkpointing", action=switch, default=False, help="save memory: keep only "
         "each block's input, run it again for the backward")  # fmt: skip
 
+    # differs: the authors' code trains in float32.
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     recipe = PAPER | RECIPES[only_model.parse_known_args(argv)[0].model]
     parser.set_defaults(**recipe, dtype="bfloat16" if bfloat16 else "float32")
@@ -203,7 +215,7 @@ def parse_args(argv=None):
     ]:  # fmt: skip
         if wrong:
             parser.error(message)
-    # Flags without effect that would silently spoil an experiment.
+    # Refuse flags that would have no effect and so silently spoil an experiment.
     for names, works, why in [
         ("snr_gamma", args.accel in schedules.ALPHAS, "--accel minsnr"),
         ("dtd_clusters dtd_patience dtd_cap", args.accel == "dtd", "--accel dtd"),
@@ -256,7 +268,7 @@ def main(args):
         shared.lock(out)
     if last.exists() and not args.bench:
         saved = read_checkpoint(last)
-        refuse_another_run(saved, args, meta, steps)
+        refuse_another_run(saved, args, data and meta, steps)
         start = saved["step"]
 
     # Schedules: the constants of beta and alpha, and the curriculum.
@@ -315,6 +327,8 @@ def main(args):
     if bool(vae) != bool(meta.get("vae")) and (vae or args.fid_every):
         holds = "latents: name" if meta.get("vae") else "pixels: leave out"
         shared.fail(f"--data {args.data} holds {holds} --vae")
+    if vae and vae.fingerprint() != meta["vae"]:
+        say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
     if args.fid_every:
         inception = fid.load_inception(args.inception).to(device)
         if not (reference := fid.load_statistics(Path(args.fid_ref))):
@@ -381,10 +395,11 @@ def main(args):
         s = schedules.training_progress(step, steps, args.beta_k)
         measures = args.fid_every and step > start and (ended or step % args.fid_every == 0)
         saves = step > start and (ended or step % args.save_every == 0)
+        draws = ended or step % args.sample_every == 0
 
-        # The first step has a line of its own, so that a slow run shows at once how slow it is.
-        told = saves or measures or step == start + 1 or step % args.log_every == 0
-        if history and told:
+        # Logs the first step too, to show the speed early; and checks before anything is written.
+        logs = step == start + 1 or step % args.log_every == 0
+        if history and (logs or saves or draws or measures):
             rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
             if len(bad := (~rows.isfinite().all(1)).nonzero()):
                 at = step - len(rows) + bad[0].item()
@@ -421,7 +436,7 @@ def main(args):
             say(f"step {step:,}/{steps:,}  saved {last}")
         if notice:
             break
-        if rank == 0 and (ended or step % args.sample_every == 0):
+        if rank == 0 and draws:
             pixels = shared.to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
             shared.save_grid(pixels, out / "samples" / f"{step:08d}.png", len(classes))
         if measures:
@@ -436,6 +451,7 @@ def main(args):
 
         for group in optimizer.param_groups:
             group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+        # loss, v_error and u_error; then by range of gaps the sums of u's errors and their counts
         stats = torch.zeros(3 + 2 * len(GAPS), device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
@@ -450,14 +466,15 @@ def main(args):
                 weight[:num_eq] = alpha(t[:num_eq]) / alpha_mean
             if args.progressive:
                 weight[num_eq:] = schedules.beta((t - r)[num_eq:], s, lam)
-            noise = meanflow.corruption(e - x, args.v_noise, generator) if args.v_noise else None
+            v_noise = meanflow.corruption(e - x, args.v_noise, generator) if args.v_noise else None
 
-            # DDP averages gradients over the ranks in the last backward of a step alone.
+            # DDP averages gradients over the ranks only in the last backward of a step.
             waiting = world > 1 and chunk != chunks[-1]
             with model.no_sync() if waiting else nullcontext():
                 with autocast:
-                    batch = model, x, e, r, t, y, num_neq, weight
-                    loss, errors = meanflow.loss(*batch, objective, noise)
+                    loss, errors = meanflow.loss(
+                        model, x, e, r, t, y, num_neq, weight, objective, v_noise
+                    )
                 (loss / len(chunks)).backward()
 
             v_error = errors[:num_eq].sum() / max(num_eq, 1)
@@ -468,7 +485,7 @@ def main(args):
             stats[3:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
             if args.affinity_every and step % args.affinity_every == 0 and chunk == chunks[0]:
                 times = partial(schedules.sample_t_r, quantile=quantile, generator=generator)
-                with autocast:  # the chunk's own noise is drawn by now
+                with autocast:  # after the chunk's own noise, so that training is unchanged
                     found = meanflow.affinity(bare, x, e, y, times, lattices, objective)
                 if world > 1:
                     dist.all_reduce(found)
@@ -503,8 +520,9 @@ def shuffled(count, seed, epoch):
 def chunk_indices(step, chunk, micro, batch_size, count, seed):
     """Which samples micro-batch `chunk` of a step holds: (micro,) indices below count.
 
-    The data is an endless stream of shuffled epochs, cut into batches and those into micro-batches,
-    which are dealt to the ranks in turn. So the samples of a step are a function of (seed, step),
+    The data is an endless stream of shuffled epochs, split into batches and then micro-batches,
+    which go to the ranks in turn. differs: the authors' code drops the partial batch at the end of
+    an epoch; here the next epoch fills it. So the samples of a step are a function of (seed, step),
     and a run resumes on any number of ranks without replaying the stream. Noise, times and dropped
     labels are a function of (seed, step, chunk): the same as long as a micro-batch has its size.
     """
@@ -527,20 +545,21 @@ def end_workers():
         worker.kill()
 
 
-def largest(number):
+def largest(signum):
     """The largest of all ranks' numbers. Exchanged by CPUs, so no GPU is waited for."""
     if not dist.is_initialized():
-        return number
-    number = torch.tensor(number)
-    dist.all_reduce(number, dist.ReduceOp.MAX)
-    return number.item()
+        return signum
+    signum = torch.tensor(signum)
+    dist.all_reduce(signum, dist.ReduceOp.MAX)
+    return signum.item()
 
 
 # ---------------------------------------------------------------------------- files of a run
 
 
 def averages(rows, num_eq, num_neq):
-    """The means over the steps of an interval, from the rows of `history`; see the README."""
+    """Means over the steps of an interval, from the rows of `history`: loss, v_error, u_error, the
+    norm of the gradient, and by range of gaps the sums of u's errors and their counts."""
     loss, v_error, u_error, grad_norm = rows[:, :4].mean(0).tolist()
     errors = {"v_error": v_error} if num_eq else {}
     errors |= {"u_error": u_error} if num_neq else {}
@@ -560,7 +579,7 @@ def refuse_another_run(saved, args, meta, steps):
         if name not in MAY_CHANGE and getattr(args, name) != was:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             shared.fail(f"{flag}: {args.out} was trained with {was}; name another --out")
-    if saved["meta"] | {"source": meta.get("source")} != meta:
+    if meta and saved["meta"] | {"source": meta["source"]} != meta:
         shared.fail(f"--data {args.data} is not the dataset of {args.out}; name another --out")
     if saved["step"] > steps:
         shared.fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
@@ -601,7 +620,7 @@ def save_progress(samples, path, rows=10):
 @torch.no_grad()
 def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_size=50):
     """FID and Inception score of `num` one-step samples, balanced over classes, by all ranks."""
-    batches = [range(i, min(i + batch_size, num)) for i in range(0, num, batch_size)][rank::world]
+    batches = shared.batches_of(num, batch_size)[rank::world]
     statistics = fid.Statistics(inception, num)
     progress = shared.Progress("FID", sum(map(len, batches)), silent=rank > 0)
     for batch in batches:
@@ -622,9 +641,8 @@ def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_s
 def bench(args, model, objective, update, autocast, t, r, num_neq, shape, loader, say):
     """Print what a step costs on this machine: loss and gradients of a micro-batch, Adam, EMA.
 
-    The kinds of step take turns, so that a slow moment of the machine is every kind's; the median
-    of the rounds counts. On a CPU this is process time on one thread, which other processes
-    lengthen least.
+    The kinds of step are timed in turn, so that background load affects all of them; the median of
+    the rounds counts. On a CPU it is process time on one thread, which load affects least.
     """
     if dist.is_initialized():
         shared.fail("--bench measures one device: start it without torchrun")
@@ -663,8 +681,8 @@ def bench(args, model, objective, update, autocast, t, r, num_neq, shape, loader
                 torch.cuda.reset_peak_memory_stats()
             run()
         memory[name] = f"{torch.cuda.max_memory_allocated() / 1e9:.3g}" if cuda else "-"
-        flops[name], eager = FlopCounterMode(display=False), torch.compiler.set_stance
-        with eager("force_eager"), sdpa_kernel(SDPBackend.MATH), flops[name]:
+        flops[name], set_stance = FlopCounterMode(display=False), torch.compiler.set_stance
+        with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), flops[name]:
             run()
 
     # How long they take, and a large matrix product beside them, for what the machine can do.
