@@ -157,18 +157,8 @@ def parse_args(argv=None):
     add("--beta-k", type=positive, default=1.0, help="exponent k of beta's s = 1 - (i / T)^k")
     add("--snr-gamma", type=positive, default=5.0, help="minsnr: clip of the SNR")
     add("--dtd-clusters", type=count, default=20, help="dtd: stages")
-    add(
-        "--dtd-patience",
-        type=count,
-        default=200,
-        help="dtd: steps without improvement before the next",
-    )
-    add(
-        "--dtd-cap",
-        type=share,
-        default=0.2,
-        help="dtd: share of the run after which all are in use",
-    )
+    add("--dtd-patience", type=count, default=200, help="dtd: steps in a stage without progress")
+    add("--dtd-cap", type=share, default=0.2, help="dtd: share of the run after which it ends")
     add("--v-noise", type=share, default=0.0, help="corrupt r = t targets by noise of size k |v|")
     add("--gap", type=share, nargs=2, metavar=("LO", "HI"), help="r < t samples: range of t - r")
 
