@@ -1694,12 +1694,13 @@ def test_a_loss_or_gradient_that_is_not_finite_ends_the_run_unsaved(
 
     monkeypatch.setattr(meanflow, "loss", diverging)
     flags = ["--data", glyphs, "--out", tmp_path, "--batch-size", 8, "--log-every", 100]
-    flags += ["--steps", 9, "--save-every", 3, "--warmup", 100, "--lr", 1e-2]
+    flags += ["--steps", 9, "--sample-every", 5, "--save-every", 3, "--warmup", 100, "--lr", 1e-2]
     code, line = refusal(capsys, train, *flags)
     assert code == 1
     assert "not finite at step 4, learning rate 0.0005; the last checkpoint is of step 3" in line
     assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 3
     assert [row["step"] for row in metrics(tmp_path)] == [1, 3]
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["00000000.png"]
 
 
 @pytest.mark.slow
