@@ -48,8 +48,8 @@ def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None):
     return t, r
 
 
-def midpoints(grid):
-    return (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+def midpoints(n):
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
 def time_pairs(quantile, gap, grid=1024):
