@@ -626,7 +626,6 @@ def test_beta_has_mean_one_at_the_start_and_is_one_at_the_end():
     assert schedules.beta(gaps, 1.0, lam).mean().item() == pytest.approx(1)
     assert_close(schedules.beta(gaps, 0.25, lam), 0.75 + 0.25 * lam * (1 - gaps))
     assert (schedules.beta(gaps, 0.0, lam) == 1).all()
-    assert [schedules.training_progress(i, 4, 2) for i in (0, 2, 4)] == [1, 0.75, 0]
     assert not schedules.time_pairs(LOGNORM, (0.999, 1.0)).numel()
 
 

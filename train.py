@@ -391,7 +391,7 @@ def main(args):
     for step in range(start, steps + 1):
         notice = largest_of_ranks(max(caught, default=0))  # all ranks stop after the same step
         ended = notice > 0 or step == steps
-        s = schedules.training_progress(step, steps, args.beta_k)
+        s = 1 - (step / steps) ** args.beta_k
         measures = args.fid_every and step > start and (ended or step % args.fid_every == 0)
         saves = step > start and (ended or step % args.save_every == 0)
         draws = ended or step % args.sample_every == 0
