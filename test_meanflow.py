@@ -108,6 +108,12 @@ def torchrun(ranks, script, *flags, start=subprocess.run, launch=(), **options):
     return start(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def refusal(capsys, script, *flags):
     """The exit code and the one line with which a script refuses."""
     capsys.readouterr()
@@ -1529,6 +1535,65 @@ def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_
         assert one == pytest.approx(two, rel=1e-4)
     one, two = (torch.load(tmp_path / name / "last.pt") for name in ("one", "two"))
     assert_close([one["net"], one["ema"]], [two["net"], two["ema"]], rtol=0, atol=1e-5)
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations of a run's steps: from the first random number to the next step."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names, self.on = [], False
+        for name, on in [("keyed_generator", True), ("largest_of_ranks", False)]:
+            monkeypatch.setattr(train, name, partial(self.switch, on, getattr(train, name)))
+
+    def switch(self, on, function, *args, **kwargs):
+        if on != self.on:
+            self.on = on
+            self.__enter__() if on else self.__exit__(None, None, None)
+        return function(*args, **kwargs)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        masked = name.startswith("index") and any(
+            getattr(index, "dtype", None) in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.names.append("masked index" if masked else name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accel", ["none", "minsnr", "dtd"])
+def test_a_step_never_waits_for_the_device(glyphs, tmp_path, monkeypatch, accel):
+    """Guided, accumulated, with all that is measured: no value is read by the host."""
+    mode = Waits(monkeypatch)
+    flags = ["--omega", 0.5, "--kappa", 0.3, "--micro-batch-size", 4, "--affinity-every", 2]
+    run(
+        glyphs, tmp_path, "--accel", accel, "--steps", 4, "--log-every", 4, "--v-noise", 0.1, *flags
+    )
+    assert mode.names.count("_fused_adam_") == 4
+    assert mode.names.count("_foreach_lerp_") == 4
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "masked index", "_unique2"}
+    assert not waits & set(mode.names)
+
+
+def compiled_run(rank, port, flags, out):
+    """A rank of a run in this process; leaves its number of graphs and of breaks between graphs."""
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=2)
+    os.environ |= {name: str(value) for name, value in address.items()}
+    train.main(train.parse_args(["--compile", "--out", str(out), *flags]))
+    counted = torch._dynamo.utils.counters
+    torch.save((counted["stats"]["unique_graphs"], counted["graph_break"]), out / f"{rank}.graphs")
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_a_graph_for_each_way_through_a_block(glyphs, tmp_path):
+    """And not for each block, rank, micro-batch or step; on two ranks, with checkpointing."""
+    flags = ["--data", glyphs, "--steps", 5, "--batch-size", 16, "--micro-batch-size", 4]
+    flags += ["--omega", 0.5, "--kappa", 0.3, "--affinity-every", 2, "--activation-checkpointing"]
+    torch.multiprocessing.spawn(compiled_run, (free_port(), list(map(str, flags)), tmp_path), 2)
+    for rank in range(2):
+        graphs, breaks = torch.load(tmp_path / f"{rank}.graphs")
+        # u of all and of the r < t samples without gradient; with it, du/dt of none, some or all
+        assert (graphs, sum(breaks.values())) == (5, 0)
 
 
 # ---------------------------------------------------------------------------- runs that survive

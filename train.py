@@ -352,7 +352,7 @@ def main(args):
         if args.activation_checkpointing:
             block.forward = partial(meanflow.checkpointed, block.forward)
         if args.compile:  # by block: the whole network takes minutes, and DDP would cut its graph
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)
     plain = model = meanflow.WithTangent(net, carried=not reason)
     if world > 1:
         torch._dynamo.config.optimize_ddp = False
