@@ -28,6 +28,7 @@ import math
 import os
 import sys
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -408,6 +409,11 @@ def conv(inputs, outputs, kernel=3):
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
+def chain(**parts):
+    """Layers applied in turn; their names are those of the weights in diffusers' files."""
+    return nn.Sequential(OrderedDict(parts))
+
+
 class ResnetBlock(nn.Module):
     """Two normalised convolutions and a shortcut: (B, C, H, W) -> (B, C', H, W)."""
 
@@ -430,93 +436,47 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.group_norm = norm(width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x):
-        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        # With a dimension for the head, since the fused kernels for GPUs take 4-D tensors only.
+        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + rearrange(self.to_out[0](h), "b (h w) c -> b c h w", h=x.shape[2])
-
-
-class Resample(nn.Module):
-    """To half or twice the size: (B, C, H, W) -> (B, C, H / 2, W / 2) or (B, C, 2 H, 2 W)."""
-
-    def __init__(self, width, down):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2) if down else conv(width, width)
-        self.down = down
-
-    def forward(self, x):
-        if self.down:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded only at the right and at the bottom
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution, and the step to the next: `downsamplers`, `upsamplers`."""
-
-    def __init__(self, inputs, outputs, blocks, resample=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(outputs if i else inputs, outputs) for i in range(blocks)
-        )
-        if resample:
-            down = resample == "downsamplers"
-            self.add_module(resample, nn.ModuleList([Resample(outputs, down)]))
-
-    def forward(self, x):
-        for part in self.children():
-            for layer in part:
-                x = layer(x)
-        return x
+        return x + rearrange(self.to_out(h), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
 class Middle(nn.Module):
+    """A resnet block, attention, a resnet block: (B, C, H, W) -> (B, C, H, W)."""
+
     def __init__(self, width):
         super().__init__()
-        self.attentions = nn.ModuleList([PixelAttention(width)])
-        self.resnets = nn.ModuleList([ResnetBlock(width, width) for _ in range(2)])
+        self.attentions = nn.Sequential(PixelAttention(width))
+        self.resnets = nn.Sequential(ResnetBlock(width, width), ResnetBlock(width, width))
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
-def levels(widths, blocks, resample):
-    inputs, last = [widths[0], *widths], len(widths) - 1
-    return nn.ModuleList(
-        Level(inputs[i], width, blocks, resample if i < last else None)
-        for i, width in enumerate(widths)
-    )
+def downsample(width):
+    """(B, C, H, W) -> (B, C, H / 2, W / 2), padded only at the right and at the bottom."""
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
 
 
-class Encoder(nn.Module):
-    def __init__(self, widths, latent):
-        super().__init__()
-        self.conv_in = conv(3, widths[0])
-        self.down_blocks = levels(widths, 2, "downsamplers")
-        self.mid_block = Middle(widths[-1])
-        self.conv_norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], 2 * latent)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+def upsample(width):
+    """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
+    return chain(enlarge=nn.Upsample(scale_factor=2), conv=conv(width, width))
 
 
-class Decoder(nn.Module):
-    def __init__(self, widths, latent):
-        super().__init__()
-        self.conv_in = conv(latent, widths[-1])
-        self.mid_block = Middle(widths[-1])
-        self.up_blocks = levels(widths[::-1], 3, "upsamplers")
-        self.conv_norm_out, self.conv_out = norm(widths[0]), conv(widths[0], 3)
-
-    def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def levels(widths, blocks, name, resample):
+    """For each width `blocks` resnet blocks; between two widths a layer that changes the size."""
+    inputs, result = [widths[0], *widths], nn.Sequential()
+    for i, width in enumerate(widths):
+        resnets = [ResnetBlock(width if j else inputs[i], width) for j in range(blocks)]
+        level = chain(resnets=nn.Sequential(*resnets))
+        if i < len(widths) - 1:
+            level.add_module(name, nn.Sequential(resample(width)))
+        result.append(level)
+    return result
 
 
 class VAE(nn.Module):
@@ -528,7 +488,23 @@ class VAE(nn.Module):
 
     def __init__(self, widths=(128, 256, 512, 512), latent=4):
         super().__init__()
-        self.encoder, self.decoder = Encoder(list(widths), latent), Decoder(list(widths), latent)
+        first, last = widths[0], widths[-1]
+        self.encoder = chain(
+            conv_in=conv(3, first),
+            down_blocks=levels(widths, 2, "downsamplers", downsample),
+            mid_block=Middle(last),
+            conv_norm_out=norm(last),
+            silu=nn.SiLU(),
+            conv_out=conv(last, 2 * latent),
+        )
+        self.decoder = chain(
+            conv_in=conv(latent, last),
+            mid_block=Middle(last),
+            up_blocks=levels(widths[::-1], 3, "upsamplers", upsample),
+            conv_norm_out=norm(first),
+            silu=nn.SiLU(),
+            conv_out=conv(first, 3),
+        )
         self.quant_conv = conv(2 * latent, 2 * latent, 1)
         self.post_quant_conv = conv(latent, latent, 1)
         self.latent, self.factor = latent, 2 ** (len(widths) - 1)
