@@ -10,7 +10,7 @@ dataset is a directory with
 
     images.npy   (N, C, H, W) uint8, or for latents (N, 2C, H, W) float16 or float32: mean and
                  standard deviation of the posterior; memory-mapped when read
-    labels.npy   (N,) int32; below 0 marks a row without a picture: its file could not be read
+    labels.npy   (N,) int32; -1 marks a row without a picture: its file could not be read
     meta.json    format, count N, shape (C, H, W) of the network's x, dtype, scale and shift,
                  classes (names; empty: unconditional), source, files (fingerprint of their names),
                  vae (fingerprint of its encoder, or null), mirrored (whether the second half of the
@@ -43,7 +43,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
-EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
+NO_PICTURE = -1  # label of a row that is not written yet, or whose file cannot be read
+DRAFT = "unfinished.json"  # becomes meta.json when every row is written
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 
@@ -66,20 +67,18 @@ class Dataset(torch.utils.data.Dataset):
 
     def __init__(self, path):
         self.path = path = Path(path)
-        if (path / DatasetWriter.DRAFT).exists() and not (path / "meta.json").exists():
+        if (path / DRAFT).exists():
             fail(f"{path} is unfinished; run prepare_latents.py again, it resumes")
         try:
             self.meta = meta = json.loads((path / "meta.json").read_text())
             self.images = np.load(path / "images.npy", mmap_mode="r")
             self.labels = np.load(path / "labels.npy")
-            expected = (meta["count"], *stored_shape(meta)), meta["dtype"], FORMAT
-            largest = max(len(meta["classes"]), 1) - 1
+            found = meta["format"], self.images.shape, self.images.dtype, len(self.labels)
+            expected = FORMAT, (meta["count"], *stored_shape(meta)), meta["dtype"], meta["count"]
+            if found != expected or self.labels.max() >= max(len(meta["classes"]), 1):
+                raise ValueError("meta.json does not describe the arrays beside it")
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             fail(f"{path} holds no whole dataset ({error}); make it with prepare_latents.py")
-        found = self.images.shape, self.images.dtype, meta["format"]
-        labels = len(self.labels), self.labels.max()
-        if found != expected or labels[0] != meta["count"] or labels[1] > largest:
-            fail(f"{path}: meta.json does not describe the arrays beside it; prepare it again")
         self.rows = np.flatnonzero(self.labels >= 0)
 
     def __len__(self):
@@ -110,17 +109,15 @@ def network_input(stored, meta, generator=None):
 class DatasetWriter:
     """Fills a dataset in place, on one process or several, and resumes where another run ended.
 
-    images.npy and labels.npy have their full size from the start, every label EMPTY. The images of
-    a batch are on the disk before their labels are written: a row with a label is complete.
-    Rank 0 must be the first to construct it: it makes the files.
+    images.npy and labels.npy have their full size from the start, every label NO_PICTURE. The
+    images of a batch are on the disk before their labels are written: a row with a label is
+    complete. Rank 0 must be the first to construct it: it makes the files.
     """
-
-    DRAFT = "unfinished.json"  # becomes meta.json
 
     def __init__(self, out, meta):
         self.out, self.meta = Path(out), meta
         self.complete = (self.out / "meta.json").exists()
-        record = self.out / ("meta.json" if self.complete else self.DRAFT)
+        record = self.out / ("meta.json" if self.complete else DRAFT)
         if record.exists():
             was = json.loads(record.read_text())
             if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
@@ -129,20 +126,16 @@ class DatasetWriter:
         elif (self.out / "images.npy").exists():
             fail(f"--out {out} holds an images.npy without its meta.json; name another")
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
             shape = (meta["count"], *stored_shape(meta))
             np.lib.format.open_memmap(self.out / "images.npy", "w+", meta["dtype"], shape)
-            np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
-            self.write_meta(self.DRAFT)
+            np.save(self.out / "labels.npy", np.full(meta["count"], NO_PICTURE, np.int32))
+            text = json.dumps(meta, indent=1) + "\n"
+            replace_file(record, lambda file: file.write(text.encode()))
         self.images = np.load(self.out / "images.npy", mmap_mode="r")
         self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
 
-    def write_meta(self, name):
-        text = json.dumps(self.meta, indent=1) + "\n"
-        replace_file(self.out / name, lambda file: file.write(text.encode()))
-
     def write(self, first, images, labels):
-        """Rows first, first + 1, ... of this process: images as stored, labels or UNREADABLE.
+        """Rows first, first + 1, ... of this process: images as stored, and labels.
 
         Written, not mapped: processes on other machines may write to the same page of the file.
         """
@@ -153,25 +146,25 @@ class DatasetWriter:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def finish(self, show):
-        """Rank 0, after all ranks have written. show: rows as stored to (n, C, H, W) uint8."""
+    def finish(self, vae=None):
+        """Rank 0, after all ranks have written. The VAE decodes the preview of latents."""
         labels = np.load(self.out / "labels.npy")
-        if (labels == EMPTY).any():
-            fail(f"{self.out} has rows that were not written; run the command again")
-        if not (labels >= 0).any():
+        found = labels[labels >= 0]
+        if not len(found):
             fail(f"{self.meta['source']} holds no readable picture")
-        firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels[labels >= 0])[:10]]
-        each = 1 if self.meta.get("vae") else 5  # to decode a latent takes a while on a CPU
-        rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
-        save_grid(show(self.images[rows.ravel()]), self.out / "preview.png", columns=len(firsts))
-        self.write_meta("meta.json")
-        (self.out / self.DRAFT).unlink()
+        if not self.complete:
+            firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(found)[:10]]
+            each = 1 if vae else 5  # to decode a latent takes a while on a CPU
+            rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
+            pixels = self.images[rows.ravel()]
+            if vae:
+                mean = torch.from_numpy(pixels).float().chunk(2, dim=1)[0]
+                pixels = to_pixels(mean.to(vae.quant_conv.weight.device), vae)
+            save_grid(pixels, self.out / "preview.png", columns=len(firsts))
+            os.replace(self.out / DRAFT, self.out / "meta.json")
         shape, classes = tuple(self.meta["shape"]), len(self.meta["classes"])
-        whole = int((labels >= 0).sum())
-        skipped = f"; {len(labels) - whole} could not be read" * (whole < len(labels))
-        print(
-            f"{self.out}: {whole:,} pictures {shape} of {classes} classes, see preview.png{skipped}"
-        )
+        count = f"{len(found):,} of {len(labels):,} pictures {shape} of {classes} classes"
+        print(f"{self.out}: {count}, see preview.png")
 
 
 # ---------------------------------------------------------------------------- a folder of images
@@ -185,23 +178,14 @@ def read_image(path, size=None):
     """
     try:
         with Image.open(path) as image:
-            image = to_rgb(ImageOps.exif_transpose(image))
-            image = image if size is None else center_crop(image, size)
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")  # drops transparency
+            image = center_crop(image, size) if size else image
     except Exception as error:  # Pillow raises many kinds for a damaged file
         raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
     return np.array(image).transpose(2, 0, 1)
-
-
-def to_rgb(image):
-    """Any picture as 8-bit RGB; transparency is dropped."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # integers, which convert would clip to 255
-        values = np.asarray(image)
-        if image.mode != "I" or values.max() > 255:  # of mode I, only the values tell the depth
-            values = values >> 8
-        image = Image.fromarray(values.astype(np.uint8))
-    return image.convert("RGB")
 
 
 def center_crop(image, size):
@@ -222,11 +206,11 @@ def image_files(folder):
     return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
 
 
-class ImageFolder(torch.utils.data.Dataset):
+class ImageFolder:
     """root/class/**/picture, classes by alphabet; or root/picture, without classes (label 0).
 
-    Item i is (pixels (3, size, size) uint8, label, None) or, for a file that cannot be read,
-    (zeros, UNREADABLE, one line that names it).
+    folder[indices] is a batch: pixels (B, 3, size, size) uint8, labels (B,), and for each file that
+    cannot be read, whose label is NO_PICTURE, a line that names it.
     """
 
     def __init__(self, root, size):
@@ -243,25 +227,31 @@ class ImageFolder(torch.utils.data.Dataset):
         if not self.files:
             fail(f"{root} holds no pictures, neither itself nor in folders of classes")
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        path, label = self.files[index]
-        try:
-            return read_image(path, self.size), label, None
-        except ValueError as error:
-            return np.zeros((3, self.size, self.size), np.uint8), UNREADABLE, str(error)
+    def __getitem__(self, indices):
+        pixels = np.zeros((len(indices), 3, self.size, self.size), np.uint8)
+        labels, faults = np.full(len(indices), NO_PICTURE), []
+        for row, index in enumerate(indices):
+            path, label = self.files[index]
+            try:
+                pixels[row], labels[row] = read_image(path, self.size), label
+            except ValueError as error:
+                faults.append(str(error))
+        return pixels, labels, faults
 
     def fingerprint(self):
         names = "\n".join(str(path.relative_to(self.root)) for path, _ in self.files)
         return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
 
 
-def collate(items):
-    pixels, labels, faults = zip(*items, strict=True)
-    faults = [fault for fault in faults if fault]
-    return torch.from_numpy(np.stack(pixels)), np.array(labels), faults
+@torch.no_grad()
+def posterior(vae, pixels, dtype):
+    """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
+    pixels = pixels.to(vae.quant_conv.weight.device, non_blocking=True)
+    mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
+    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
+    if not np.isfinite(rows).all():
+        fail(f"--vae gives latents that {dtype} cannot hold; pass --dtype float32")
+    return rows
 
 
 def write_folder(args):
@@ -272,97 +262,67 @@ def write_folder(args):
     """
     rank, world, device = join_ranks()
     folder = ImageFolder(args.source, args.size)
-    count = len(folder)
+    count = len(folder.files)
     meta = dict(
         format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
         dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
         vae=None, files=folder.fingerprint(), source=str(args.source),
     )  # fmt: skip
+    vae, stored = None, np.asarray
     if args.vae:
         vae = load_vae(args.vae).to(device)
+        stored = partial(posterior, vae, dtype=args.dtype)
         side, rest = divmod(args.size, vae.factor)
         if rest:
             fail(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
         meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, scale=LATENT_SCALE, shift=0)
         meta |= dict(vae=vae.fingerprint())
 
-    @torch.no_grad()
-    def encode(pixels):
-        if not args.vae:
-            return pixels.numpy()
-        pixels = pixels.to(device, non_blocking=True)
-        mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
-        latents = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(args.dtype)
-        if not np.isfinite(latents).all():
-            fail(f"--vae {args.vae} gives latents that {args.dtype} cannot hold")
-        return latents
-
-    def show(rows):
-        if not args.vae:
-            return rows
-        mean = torch.from_numpy(rows).float().chunk(2, dim=1)[0]
-        return to_pixels(mean.to(device), vae)
-
     if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
         lock(args.out)
         DatasetWriter(args.out, meta)  # makes the files
     wait_for_all()
     writer = DatasetWriter(args.out, meta)
-    say = print if rank == 0 else lambda _: None
-    if writer.complete:
-        say(f"{args.out} is complete already")
-        leave_ranks()
-        return
-    batches = batches_of(count, args.batch_size)
+    batches = [] if writer.complete else batches_of(count, args.batch_size)
     todo = [batch for batch in batches if (writer.labels[batch] < 0).any()]
-    if done := count - sum(map(len, todo)):
-        say(f"{args.out}: {done:,} of {count:,} pictures are done already")
+    if rank == 0 and (done := count - sum(map(len, todo))):
+        print(f"{args.out}: {done:,} of {count:,} pictures are done already")
     wait_for_all()  # no rank writes before all have listed the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
     loader = torch.utils.data.DataLoader(
-        folder, batch_sampler=todo, num_workers=args.workers, collate_fn=collate,
+        folder, batch_size=None, sampler=todo, num_workers=args.workers,
         pin_memory=device.type == "cuda",
     )  # fmt: skip
-    what = f"{args.out}, rank 0 of {world}" if world > 1 else args.out
-    progress, background = Progress(what, sum(map(len, todo)), silent=rank > 0), Background()
+    progress, background = Progress(args.out, sum(map(len, todo))), Background()
     for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
         for fault in faults:
             if not args.skip_unreadable:
                 fail(f"{fault}; replace it or pass --skip-unreadable")
             print(f"\nskipped: {fault}", file=sys.stderr)
         if args.flip:  # first: a label in the first half implies that both rows are written
-            background(writer.write, count + batch[0], encode(pixels.flip(-1)), labels)
-        background(writer.write, batch[0], encode(pixels), labels)
+            background(writer.write, count + batch[0], stored(pixels.flip(-1)), labels)
+        background(writer.write, batch[0], stored(pixels), labels)
         progress(len(batch))
     background.wait()
     wait_for_all()
     if rank == 0:
-        writer.finish(show)
+        writer.finish(vae)
     leave_ranks()
 
 
 # ---------------------------------------------------------------------------- built-in pictures
 
 
-@lru_cache
-def digit_font(size):
-    """The outline font that Pillow carries; OSError where Pillow was built without FreeType."""
-    return ImageFont.load_default(size)
+digit_font = lru_cache(ImageFont.load_default)  # by size: the outline font of Pillow
 
 
 def draw_digit(digit, size, rng):
     """One grey picture of a digit, at random size, place, angle, shear and stroke: (size, size)."""
     large = 4 * size  # drawn large and averaged down: smooth at any angle
-    canvas = Image.new("L", (large, large))
-    ImageDraw.Draw(canvas).text(
-        (large / 2, large / 2),
-        str(digit),
-        fill=255,
-        font=digit_font(0.8 * large),
-        anchor="mm",
-        stroke_width=int(rng.integers(0, large // 64 + 1)),
-    )
+    canvas, middle = Image.new("L", (large, large)), (large / 2, large / 2)
+    stroke = int(rng.integers(0, large // 64 + 1))
+    style = dict(font=digit_font(0.8 * large), anchor="mm", stroke_width=stroke)
+    ImageDraw.Draw(canvas).text(middle, str(digit), fill=255, **style)
     angle, shear = rng.uniform(-0.25, 0.25), rng.uniform(-0.3, 0.3)
     zoom, shift = rng.uniform(0.75, 1.1, 2), rng.uniform(-0.06, 0.06, 2) * large
     cos, sin = math.cos(angle), math.sin(angle)
@@ -382,20 +342,16 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
         shift=-1.0, classes=[str(digit) for digit in range(10)], source=f"glyphs, seed {seed}",
         files=f"seed {seed}", vae=None, mirrored=False,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    lock(out, wait=True)  # several runs may start at once where it is missing
+    held = lock(out, wait=True)  # several runs may start at once where it is missing
     writer = DatasetWriter(out, meta)
-    if writer.complete:
-        print(f"{out} is complete already")
-    else:
-        rng, progress = np.random.default_rng(seed), Progress(out, count)
-        for batch in batches_of(count, 1000):
-            labels = np.array(batch) % 10
-            pictures = np.stack([draw_digit(k, size, rng)[None] for k in labels])
-            writer.write(batch[0], pictures, labels)
-            progress(len(batch))
-        writer.finish(show=lambda rows: rows)
-    LOCKS.pop().close()
+    rng, progress = np.random.default_rng(seed), Progress(out, count)
+    for batch in [] if writer.complete else batches_of(count, 1000):
+        labels = np.array(batch) % 10
+        pictures = np.stack([draw_digit(k, size, rng)[None] for k in labels])
+        writer.write(batch[0], pictures, labels)
+        progress(len(batch))
+    writer.finish()
+    os.close(held)
 
 
 # ---------------------------------------------------------------------------- the VAE
@@ -560,10 +516,7 @@ def parse_args(argv=None):
     add("--flip", action="store_true", help="folder: store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
     add("--batch-size", type=int, default=32, help="folder: images at once on a rank")
-    workers = default_workers()
-    add(
-        "--workers", type=int, default=workers, help="folder: processes per rank that decode images"
-    )
+    add("--workers", type=int, default=default_workers(), help="folder: decoders of images a rank")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
     add("--seed", type=int, default=0, help="glyphs: another seed draws other pictures")
@@ -571,13 +524,9 @@ def parse_args(argv=None):
     glyphs = args.source == "glyphs"
     args.size = args.size or (16 if glyphs else 256 if args.vae else 32)
     if min(args.size, args.count, args.batch_size) < 1 or min(args.workers, args.seed) < 0:
-        parser.error(
-            "--size, --count, --batch-size must be positive, --workers, --seed not negative"
-        )
+        parser.error("--size, --count and --batch-size start at 1, --workers and --seed at 0")
     if not glyphs and not Path(args.source).is_dir():
         parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of images")
-    if Path(args.source, "meta.json").exists():
-        parser.error(f"{args.source} is a dataset already; give a folder of images")
     if glyphs and (args.vae or args.flip):
         parser.error("--vae and --flip are for a folder of images, not for glyphs")
     return args
@@ -641,22 +590,23 @@ def default_workers():
 
 
 class Progress:
-    """Progress of a long task: a line rewritten in place; in a log file a new one now and then."""
+    """Prints how far a long task is: progress(more). Rank 0 speaks, of its own share."""
 
-    def __init__(self, what, total, silent=False, of="pictures"):
-        self.what, self.total, self.silent, self.of, self.done = what, total, silent, of, 0
-        self.begin, self.shown = time.time(), 0.0
-        self.every, self.end = (0.5, "") if sys.stderr.isatty() else (30, "\n")
+    def __init__(self, what, total, of="pictures"):
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        self.what, self.total, self.of = f"{what}, rank 0 of {ranks}", total, of
+        self.silent = ranks > 1 and dist.get_rank() > 0
+        self.done, self.begin, self.shown = 0, time.time(), 0.0
 
     def __call__(self, more):
-        self.done, now = self.done + more, time.time()
-        if not self.silent and (now - self.shown > self.every or self.done == self.total):
+        self.done, now, terminal = self.done + more, time.time(), sys.stderr.isatty()
+        last = self.done == self.total
+        if not self.silent and (last or now - self.shown > (0.5 if terminal else 30)):
             left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
-            line = f"{self.what}: {self.done:,} of {self.total:,} {self.of}, {left} left"
-            print(f"\r{line} " if not self.end else line, end=self.end, file=sys.stderr, flush=True)
+            line = f"{self.what}: {self.done:,} of {self.total:,} {self.of}, {left} left "
+            end = "\r" if terminal and not last else "\n"  # the next line replaces this one
+            print(line, end=end, file=sys.stderr, flush=True)
             self.shown = now
-            if self.done == self.total and not self.end:
-                print(file=sys.stderr)
 
 
 class Background:
@@ -666,15 +616,11 @@ class Background:
     """
 
     def __init__(self):
-        self.pool, self.last = ThreadPoolExecutor(1), None
+        self.pool, self.wait = ThreadPoolExecutor(1), lambda: None
 
     def __call__(self, function, *args):
         self.wait()
-        self.last = self.pool.submit(function, *args)
-
-    def wait(self):
-        if self.last:
-            self.last.result()
+        self.wait = self.pool.submit(function, *args).result
 
 
 def replace_file(path, write):
@@ -687,20 +633,22 @@ def replace_file(path, write):
     os.replace(temporary, path)
 
 
-LOCKS = []  # open as long as the process lives: to close one is to give it up
-
-
 def lock(folder, wait=False):
-    """Make a directory this process's own until it ends; of another's, wait for that or fail."""
+    """Make a directory, and hold it until this process ends or closes the descriptor returned.
+
+    If another process holds it, wait for that or end the script.
+    """
     import fcntl  # not on Windows
 
-    LOCKS.append(open(Path(folder, ".lock"), "a"))  # noqa: SIM115
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(folder, ".lock"), os.O_CREAT | os.O_WRONLY)
     try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):  # other errors: a disk without locks
         fail(f"{folder} is in use by another run; wait for its end or name another")
     except OSError:
         pass
+    return descriptor
 
 
 def load_weights(path):
@@ -716,11 +664,7 @@ def load_weights(path):
         state = state.get("state_dict", state)
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        fail(f"{path} is no whole file of weights ({type(error).__name__}: {one_line(error)})")
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:300]
+        fail(f"{path} is no whole file of weights ({error!r:.300})")
 
 
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)

@@ -36,7 +36,7 @@ def read_checkpoint(path):
         if checkpoint.get("format") != CHECKPOINT_FORMAT:
             raise ValueError("it was saved by another version of the code")
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        shared.fail(f"{path} is no whole checkpoint of train.py ({shared.one_line(error)})")
+        shared.fail(f"{path} is no whole checkpoint of train.py ({error!r:.300})")
     return checkpoint
 
 
@@ -199,8 +199,7 @@ def main(args):
         if vae:
             vae.decoder.compile(dynamic=False)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    what = f"{out}, rank 0 of {world}" if world > 1 else out
-    progress = shared.Progress(what, sum(map(len, todo)), silent=rank > 0)
+    progress = shared.Progress(out, sum(map(len, todo)))
     background = shared.Background()
     for batch in todo:
         with autocast:

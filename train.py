@@ -612,7 +612,7 @@ def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_s
     """FID and Inception score of `num` one-step samples, balanced over classes, by all ranks."""
     batches = shared.batches_of(num, batch_size)[rank::world]
     statistics = fid.Statistics(inception, num)
-    progress = shared.Progress("FID", sum(map(len, batches)), silent=rank > 0)
+    progress = shared.Progress("FID", sum(map(len, batches)))
     for batch in batches:
         labels = [i % max(net.num_classes, 1) for i in batch]
         pixels = shared.to_pixels(draw(net, labels, batch), vae, meta["scale"])
