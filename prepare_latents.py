@@ -41,6 +41,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.utils.data import DataLoader
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 NO_PICTURE = -1  # label of a row that is not written yet, or whose file cannot be read
@@ -53,12 +54,12 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 
 def stored_shape(meta):
-    """Shape of a row of images.npy: a latent's mean and standard deviation, or pixels."""
+    """Shape of images.npy, whose rows are pixels or a latent's mean and standard deviation."""
     channels, *size = meta["shape"]
-    return (2 * channels if meta.get("vae") else channels, *size)
+    return (meta["count"], 2 * channels if meta.get("vae") else channels, *size)
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset:
     """Reads a dataset directory; a list of indices gives one batch.
 
     dataset.__getitems__(indices) -> images (B, ...) as stored, labels (B,) int64, both tensors.
@@ -74,7 +75,7 @@ class Dataset(torch.utils.data.Dataset):
             self.images = np.load(path / "images.npy", mmap_mode="r")
             self.labels = np.load(path / "labels.npy")
             found = meta["format"], self.images.shape, self.images.dtype, len(self.labels)
-            expected = FORMAT, (meta["count"], *stored_shape(meta)), meta["dtype"], meta["count"]
+            expected = FORMAT, stored_shape(meta), meta["dtype"], meta["count"]
             if found != expected or self.labels.max() >= max(len(meta["classes"]), 1):
                 raise ValueError("meta.json does not describe the arrays beside it")
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
@@ -126,8 +127,8 @@ class DatasetWriter:
         elif (self.out / "images.npy").exists():
             fail(f"--out {out} holds an images.npy without its meta.json; name another")
         else:
-            shape = (meta["count"], *stored_shape(meta))
-            np.lib.format.open_memmap(self.out / "images.npy", "w+", meta["dtype"], shape)
+            dtype, shape = meta["dtype"], stored_shape(meta)
+            np.lib.format.open_memmap(self.out / "images.npy", "w+", dtype, shape)
             np.save(self.out / "labels.npy", np.full(meta["count"], NO_PICTURE, np.int32))
             text = json.dumps(meta, indent=1) + "\n"
             replace_file(record, lambda file: file.write(text.encode()))
@@ -149,22 +150,19 @@ class DatasetWriter:
     def finish(self, vae=None):
         """Rank 0, after all ranks have written. The VAE decodes the preview of latents."""
         labels = np.load(self.out / "labels.npy")
-        found = labels[labels >= 0]
-        if not len(found):
-            fail(f"{self.meta['source']} holds no readable picture")
+        found, shape = labels[labels >= 0], tuple(self.meta["shape"])
         if not self.complete:
-            firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(found)[:10]]
+            kinds = np.unique(found)[:10]
             each = 1 if vae else 5  # to decode a latent takes a while on a CPU
-            rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
+            rows = np.stack([np.resize(np.flatnonzero(labels == k), each) for k in kinds], axis=1)
             pixels = self.images[rows.ravel()]
             if vae:
                 mean = torch.from_numpy(pixels).float().chunk(2, dim=1)[0]
                 pixels = to_pixels(mean.to(vae.quant_conv.weight.device), vae)
-            save_grid(pixels, self.out / "preview.png", columns=len(firsts))
+            save_grid(pixels, self.out / "preview.png", columns=len(kinds))
             os.replace(self.out / DRAFT, self.out / "meta.json")
-        shape, classes = tuple(self.meta["shape"]), len(self.meta["classes"])
-        count = f"{len(found):,} of {len(labels):,} pictures {shape} of {classes} classes"
-        print(f"{self.out}: {count}, see preview.png")
+        count = f"{len(found):,} of {len(labels):,} pictures {shape}"
+        print(f"{self.out}: {count} of {len(self.meta['classes'])} classes, see preview.png")
 
 
 # ---------------------------------------------------------------------------- a folder of images
@@ -173,8 +171,7 @@ class DatasetWriter:
 def read_image(path, size=None):
     """(3, H, W) uint8 of a picture file as a viewer shows it; cut to size x size where given.
 
-    differs: ADM's code ignores the EXIF data that tell how the camera was held.
-    ValueError, which names the file, where Pillow cannot read it.
+    ValueError where it cannot be read. differs: ADM's code ignores the orientation in EXIF data.
     """
     try:
         with Image.open(path) as image:
@@ -184,7 +181,7 @@ def read_image(path, size=None):
             image = image.convert("RGB")  # drops transparency
             image = center_crop(image, size) if size else image
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path} cannot be read ({error!r})") from None
     return np.array(image).transpose(2, 0, 1)
 
 
@@ -193,17 +190,18 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
+    resized = tuple(round(side * scale) for side in image.size)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def image_files(folder):
-    """The pictures in a folder and all its sub-folders, sorted."""
-    paths = Path(folder).rglob("*")
-    return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+    """The pictures in a folder and all its sub-folders, sorted; hidden ones are left out."""
+    walk = os.walk(folder, followlinks=True)
+    paths = sorted(Path(top, name) for top, _, names in walk for name in names)
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in paths if "/." not in f"/{path.relative_to(folder)}"]
 
 
 class ImageFolder:
@@ -214,18 +212,19 @@ class ImageFolder:
     """
 
     def __init__(self, root, size):
-        self.root, self.size, self.classes, self.files = Path(root), size, [], []
-        entries = sorted(path for path in self.root.iterdir() if path.name[0] != ".")
-        for folder in filter(Path.is_dir, entries):
-            if paths := image_files(folder):
-                self.files += [(path, len(self.classes)) for path in paths]
-                self.classes.append(folder.name)
-        flat = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES]
-        if flat and self.files:
-            fail(f"{root} holds pictures, {flat[0].name} among them, beside folders of classes")
-        self.files += [(path, 0) for path in flat]
-        if not self.files:
+        paths = image_files(root)
+        names = [path.relative_to(root).parts for path in paths]  # class, ..., picture
+        flat = [name[0] for name in names if len(name) == 1]
+        if not paths:
             fail(f"{root} holds no pictures, neither itself nor in folders of classes")
+        if 0 < len(flat) < len(paths):
+            fail(f"{root} holds pictures, {flat[0]} among them, beside folders of classes")
+        self.size, self.classes = size, [] if flat else sorted({name[0] for name in names})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        labels = [numbers.get(name[0], 0) for name in names]
+        self.files = list(zip(paths, labels, strict=True))
+        text = "\n".join("/".join(name) for name in names)
+        self.fingerprint = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
     def __getitem__(self, indices):
         pixels = np.zeros((len(indices), 3, self.size, self.size), np.uint8)
@@ -238,10 +237,6 @@ class ImageFolder:
                 faults.append(str(error))
         return pixels, labels, faults
 
-    def fingerprint(self):
-        names = "\n".join(str(path.relative_to(self.root)) for path, _ in self.files)
-        return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
-
 
 @torch.no_grad()
 def posterior(vae, pixels, dtype):
@@ -252,62 +247,6 @@ def posterior(vae, pixels, dtype):
     if not np.isfinite(rows).all():
         fail(f"--vae gives latents that {dtype} cannot hold; pass --dtype float32")
     return rows
-
-
-def write_folder(args):
-    """A folder of images as pixels or, with a VAE, as latents; mirrored ones only by --flip.
-
-    Work is split into batches of given pictures, so the arrays do not depend on the number of ranks
-    or on interruptions. differs: latents are float16 by default; the authors' code has float32.
-    """
-    rank, world, device = join_ranks()
-    folder = ImageFolder(args.source, args.size)
-    count = len(folder.files)
-    meta = dict(
-        format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
-        dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
-        vae=None, files=folder.fingerprint(), source=str(args.source),
-    )  # fmt: skip
-    vae, stored = None, np.asarray
-    if args.vae:
-        vae = load_vae(args.vae).to(device)
-        stored = partial(posterior, vae, dtype=args.dtype)
-        side, rest = divmod(args.size, vae.factor)
-        if rest:
-            fail(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
-        meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, scale=LATENT_SCALE, shift=0)
-        meta |= dict(vae=vae.fingerprint())
-
-    if rank == 0:
-        lock(args.out)
-        DatasetWriter(args.out, meta)  # makes the files
-    wait_for_all()
-    writer = DatasetWriter(args.out, meta)
-    batches = [] if writer.complete else batches_of(count, args.batch_size)
-    todo = [batch for batch in batches if (writer.labels[batch] < 0).any()]
-    if rank == 0 and (done := count - sum(map(len, todo))):
-        print(f"{args.out}: {done:,} of {count:,} pictures are done already")
-    wait_for_all()  # no rank writes before all have listed the same work
-    todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
-    loader = torch.utils.data.DataLoader(
-        folder, batch_size=None, sampler=todo, num_workers=args.workers,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    progress, background = Progress(args.out, sum(map(len, todo))), Background()
-    for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
-        for fault in faults:
-            if not args.skip_unreadable:
-                fail(f"{fault}; replace it or pass --skip-unreadable")
-            print(f"\nskipped: {fault}", file=sys.stderr)
-        if args.flip:  # first: a label in the first half implies that both rows are written
-            background(writer.write, count + batch[0], stored(pixels.flip(-1)), labels)
-        background(writer.write, batch[0], stored(pixels), labels)
-        progress(len(batch))
-    background.wait()
-    wait_for_all()
-    if rank == 0:
-        writer.finish(vae)
-    leave_ranks()
 
 
 # ---------------------------------------------------------------------------- built-in pictures
@@ -503,7 +442,6 @@ def load_vae(path):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        prog="prepare_latents.py",
         description=__doc__.splitlines()[0],
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -533,10 +471,60 @@ def parse_args(argv=None):
 
 
 def main(args):
+    """The digits, or a folder of images as pixels or latents; mirrored ones only by --flip.
+
+    Work is split into batches of given pictures, so the arrays do not depend on the number of ranks
+    or on interruptions. differs: latents are float16 by default; the authors' code has float32.
+    """
     if args.source == "glyphs":
         write_glyphs(args.out, args.count, args.size, args.seed)
-    else:
-        write_folder(args)
+        return
+    rank, world, device = join_ranks()
+    folder = ImageFolder(args.source, args.size)
+    count = len(folder.files)
+    meta = dict(
+        format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
+        dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
+        vae=None, files=folder.fingerprint, source=str(args.source),
+    )  # fmt: skip
+    vae, stored = None, np.asarray
+    if args.vae:
+        vae = load_vae(args.vae).to(device)
+        stored = partial(posterior, vae, dtype=args.dtype)
+        side, rest = divmod(args.size, vae.factor)
+        if rest:
+            fail(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
+        meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, vae=vae.fingerprint())
+        meta |= dict(scale=LATENT_SCALE, shift=0)
+
+    if rank == 0:
+        lock(args.out)
+        DatasetWriter(args.out, meta)  # makes the files
+    wait_for_all()
+    writer = DatasetWriter(args.out, meta)
+    batches = [] if writer.complete else batches_of(count, args.batch_size)
+    todo = [batch for batch in batches if (writer.labels[batch] < 0).any()]
+    if rank == 0 and (done := count - sum(map(len, todo))):
+        print(f"{args.out}: {done:,} of {count:,} pictures are done already")
+    wait_for_all()  # no rank writes before all have listed the same work
+    todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
+    options = dict(num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(folder, batch_size=None, sampler=todo, **options)
+    progress, background = Progress(args.out, sum(map(len, todo))), Background()
+    for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
+        for fault in faults:
+            if not args.skip_unreadable:
+                fail(f"{fault}; replace it or pass --skip-unreadable")
+            print(f"\nskipped: {fault}", file=sys.stderr)
+        if args.flip:  # first: a label in the first half implies that both rows are written
+            background(writer.write, count + batch[0], stored(pixels.flip(-1)), labels)
+        background(writer.write, batch[0], stored(pixels), labels)
+        progress(len(batch))
+    background.wait()
+    wait_for_all()
+    if rank == 0:
+        writer.finish(vae)
+    leave_ranks()
 
 
 # ---------------------------------------------------------------------------- shared by the scripts
@@ -590,22 +578,18 @@ def default_workers():
 
 
 class Progress:
-    """Prints how far a long task is: progress(more). Rank 0 speaks, of its own share."""
+    """Prints the share of a long task that is done: progress(more). Rank 0 speaks for all."""
 
-    def __init__(self, what, total, of="pictures"):
-        ranks = dist.get_world_size() if dist.is_initialized() else 1
-        self.what, self.total, self.of = f"{what}, rank 0 of {ranks}", total, of
-        self.silent = ranks > 1 and dist.get_rank() > 0
-        self.done, self.begin, self.shown = 0, time.time(), 0.0
+    def __init__(self, what, total):
+        self.what, self.total, self.done = what, total, 0
+        self.begin = self.shown = time.time()
 
     def __call__(self, more):
-        self.done, now, terminal = self.done + more, time.time(), sys.stderr.isatty()
-        last = self.done == self.total
-        if not self.silent and (last or now - self.shown > (0.5 if terminal else 30)):
+        self.done, now = self.done + more, time.time()
+        last, speaks = self.done == self.total, os.environ.get("RANK", "0") == "0"
+        if speaks and (last or now - self.shown > 10):
             left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
-            line = f"{self.what}: {self.done:,} of {self.total:,} {self.of}, {left} left "
-            end = "\r" if terminal and not last else "\n"  # the next line replaces this one
-            print(line, end=end, file=sys.stderr, flush=True)
+            print(f"{self.what}: {self.done / self.total:.1%}, {left} left", file=sys.stderr)
             self.shown = now
 
 
@@ -634,10 +618,7 @@ def replace_file(path, write):
 
 
 def lock(folder, wait=False):
-    """Make a directory, and hold it until this process ends or closes the descriptor returned.
-
-    If another process holds it, wait for that or end the script.
-    """
+    """Make a directory and hold it until the process ends or closes the descriptor returned."""
     import fcntl  # not on Windows
 
     Path(folder).mkdir(parents=True, exist_ok=True)

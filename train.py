@@ -679,7 +679,7 @@ def bench(args, model, objective, update, autocast, t, r, num_neq, shape, loader
     n, rounds, repeat = (8192, 10, 10) if cuda else (2048, 7, 1)
     product = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
     timed = steps | {"product": partial(torch.mm, *product)}
-    times, progress = {name: [] for name in timed}, shared.Progress("bench", rounds, of="rounds")
+    times, progress = {name: [] for name in timed}, shared.Progress("bench", rounds)
     for _ in range(rounds):
         for name, run in timed.items():
             times[name].append(timeit.timeit(run, timer=clock, number=repeat) / repeat)
