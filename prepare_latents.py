@@ -10,15 +10,14 @@ dataset is a directory with
 
     images.npy   (N, C, H, W) uint8, or for latents (N, 2C, H, W) float16 or float32: mean and
                  standard deviation of the posterior; memory-mapped when read
-    labels.npy   (N,) int32; -1 marks a row without a picture: its file could not be read
+    labels.npy   (N,) int32; below 0 marks a row without a picture: its file could not be read
     meta.json    format, count N, shape (C, H, W) of the network's x, dtype, scale and shift,
                  classes (names; empty: unconditional), source, files (fingerprint of their names),
                  vae (fingerprint of its encoder, or null), mirrored (whether the second half of the
-                 rows mirrors the first)
+                 rows mirrors the first); written last: without it, the dataset is unfinished
     preview.png  a look at the first pictures of up to ten classes
 
-where x = scale * stored + shift, or for latents x = scale * (mean + std * noise). meta.json comes
-last: a directory without it holds an unfinished dataset.
+where x = scale * stored + shift, or for latents x = scale * (mean + std * noise).
 """
 
 import argparse
@@ -283,12 +282,9 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
     )  # fmt: skip
     held = lock(out, wait=True)  # several runs may start at once where it is missing
     writer = DatasetWriter(out, meta)
-    rng, progress = np.random.default_rng(seed), Progress(out, count)
-    for batch in [] if writer.complete else batches_of(count, 1000):
-        labels = np.array(batch) % 10
-        pictures = np.stack([draw_digit(k, size, rng)[None] for k in labels])
-        writer.write(batch[0], pictures, labels)
-        progress(len(batch))
+    if not writer.complete:
+        labels, rng = np.arange(count) % 10, np.random.default_rng(seed)
+        writer.write(0, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
     writer.finish()
     os.close(held)
 
@@ -465,8 +461,6 @@ def parse_args(argv=None):
         parser.error("--size, --count and --batch-size start at 1, --workers and --seed at 0")
     if not glyphs and not Path(args.source).is_dir():
         parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of images")
-    if glyphs and (args.vae or args.flip):
-        parser.error("--vae and --flip are for a folder of images, not for glyphs")
     return args
 
 
@@ -515,7 +509,7 @@ def main(args):
         for fault in faults:
             if not args.skip_unreadable:
                 fail(f"{fault}; replace it or pass --skip-unreadable")
-            print(f"\nskipped: {fault}", file=sys.stderr)
+            print(f"skipped: {fault}", file=sys.stderr)
         if args.flip:  # first: a label in the first half implies that both rows are written
             background(writer.write, count + batch[0], stored(pixels.flip(-1)), labels)
         background(writer.write, batch[0], stored(pixels), labels)
@@ -586,8 +580,8 @@ class Progress:
 
     def __call__(self, more):
         self.done, now = self.done + more, time.time()
-        last, speaks = self.done == self.total, os.environ.get("RANK", "0") == "0"
-        if speaks and (last or now - self.shown > 10):
+        due = self.done == self.total or now - self.shown > 10
+        if due and os.environ.get("RANK", "0") == "0":
             left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
             print(f"{self.what}: {self.done / self.total:.1%}, {left} left", file=sys.stderr)
             self.shown = now
@@ -633,10 +627,7 @@ def lock(folder, wait=False):
 
 
 def load_weights(path):
-    """The tensors of a .safetensors file, or of one that torch.save wrote, by name, on the CPU.
-
-    Nothing in the file is ever executed.
-    """
+    """{name: tensor} of a .safetensors file, or of torch.save's; nothing in it is executed."""
     try:
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
