@@ -43,10 +43,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
-NO_PICTURE = -1  # label of a row that is not written yet, or whose file cannot be read
+EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
 DRAFT = "unfinished.json"  # becomes meta.json when every row is written
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
+# Of the layers of attention, in older files with diffusers' names.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+digit_font = lru_cache(ImageFont.load_default)  # of a size: the outline font that Pillow carries
 
 
 # ---------------------------------------------------------------------------- the dataset format
@@ -109,9 +114,9 @@ def network_input(stored, meta, generator=None):
 class DatasetWriter:
     """Fills a dataset in place, on one process or several, and resumes where another run ended.
 
-    images.npy and labels.npy have their full size from the start, every label NO_PICTURE. The
-    images of a batch are on the disk before their labels are written: a row with a label is
-    complete. Rank 0 must be the first to construct it: it makes the files.
+    images.npy and labels.npy have their full size from the start, every label EMPTY. The images of
+    a batch are on the disk before their labels are written: a row with a label is complete.
+    Rank 0 must be the first to construct it: it makes the files.
     """
 
     def __init__(self, out, meta):
@@ -128,7 +133,7 @@ class DatasetWriter:
         else:
             dtype, shape = meta["dtype"], stored_shape(meta)
             np.lib.format.open_memmap(self.out / "images.npy", "w+", dtype, shape)
-            np.save(self.out / "labels.npy", np.full(meta["count"], NO_PICTURE, np.int32))
+            np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
             text = json.dumps(meta, indent=1) + "\n"
             replace_file(record, lambda file: file.write(text.encode()))
         self.images = np.load(self.out / "images.npy", mmap_mode="r")
@@ -149,6 +154,8 @@ class DatasetWriter:
     def finish(self, vae=None):
         """Rank 0, after all ranks have written. The VAE decodes the preview of latents."""
         labels = np.load(self.out / "labels.npy")
+        if (labels == EMPTY).any():
+            fail(f"{self.out} has rows that were not written; run the command again")
         found, shape = labels[labels >= 0], tuple(self.meta["shape"])
         if not self.complete:
             kinds = np.unique(found)[:10]
@@ -206,8 +213,8 @@ def image_files(folder):
 class ImageFolder:
     """root/class/**/picture, classes by alphabet; or root/picture, without classes (label 0).
 
-    folder[indices] is a batch: pixels (B, 3, size, size) uint8, labels (B,), and for each file that
-    cannot be read, whose label is NO_PICTURE, a line that names it.
+    folder[indices] is a batch: pixels (B, 3, size, size) uint8, labels (B,), and a line for each
+    file that cannot be read, whose label is UNREADABLE.
     """
 
     def __init__(self, root, size):
@@ -227,7 +234,7 @@ class ImageFolder:
 
     def __getitem__(self, indices):
         pixels = np.zeros((len(indices), 3, self.size, self.size), np.uint8)
-        labels, faults = np.full(len(indices), NO_PICTURE), []
+        labels, faults = np.full(len(indices), UNREADABLE), []
         for row, index in enumerate(indices):
             path, label = self.files[index]
             try:
@@ -251,9 +258,6 @@ def posterior(vae, pixels, dtype):
 # ---------------------------------------------------------------------------- built-in pictures
 
 
-digit_font = lru_cache(ImageFont.load_default)  # by size: the outline font of Pillow
-
-
 def draw_digit(digit, size, rng):
     """One grey picture of a digit, at random size, place, angle, shear and stroke: (size, size)."""
     large = 4 * size  # drawn large and averaged down: smooth at any angle
@@ -274,7 +278,6 @@ def draw_digit(digit, size, rng):
 
 def write_glyphs(out, count=20_000, size=16, seed=0):
     """The built-in dataset: digits 0 to 9 in turn, (1, size, size), the same for the same seed."""
-    out = Path(out)
     meta = dict(
         format=FORMAT, count=count, shape=[1, size, size], dtype="uint8", scale=1 / 127.5,
         shift=-1.0, classes=[str(digit) for digit in range(10)], source=f"glyphs, seed {seed}",
@@ -413,9 +416,6 @@ class VAE(nn.Module):
         return fingerprint({k: v for k, v in state.items() if k.startswith(("enc", "quant"))})
 
 
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
-
-
 def load_vae(path):
     """The VAE in a file with diffusers' names, old or new, as float32, on the CPU."""
     state = {}
@@ -437,11 +437,8 @@ def load_vae(path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("source", help="'glyphs', or a folder of images, with a sub-folder for each class if any")
     add("--out", required=True, type=Path, help="directory of the dataset to write")
@@ -529,11 +526,8 @@ def fail(message):
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
-def join_ranks(backend="gloo", timeout=timedelta(days=1)):
-    """(rank, world, device) of this process: alone, or one of torchrun's, each with its own GPU.
-
-    The timeout is long: ranks that have finished their share wait for the slowest.
-    """
+def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the slowest
+    """(rank, world, device) of this process: alone, or one of torchrun's, each with its own GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -588,10 +582,7 @@ class Progress:
 
 
 class Background:
-    """Runs one call at a time beside the caller, so that a GPU need not wait for the disk.
-
-    The next call, or wait(), first waits for the last one to end, and raises what that raised.
-    """
+    """Runs one call beside the caller. The next, or wait(), waits for it and raises its errors."""
 
     def __init__(self):
         self.pool, self.wait = ThreadPoolExecutor(1), lambda: None
@@ -637,10 +628,6 @@ def load_weights(path):
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         fail(f"{path} is no whole file of weights ({error!r:.300})")
-
-
-SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
 
 
 def read_safetensors(path):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import meanflow
 import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
@@ -67,11 +66,7 @@ def draw(net, labels, indices=None, seed=0, nfe=1, velocity=False):
     device = next(net.parameters()).device
     indices = range(len(labels)) if indices is None else indices
     e = noise(indices, (net.channels, net.size, net.size), seed).to(device)
-    y = torch.as_tensor(labels, device=device)
-    return meanflow.sample(net, e, y, nfe, velocity)
-
-
-# ---------------------------------------------------------------------------- files of pictures
+    return meanflow.sample(net, e, torch.as_tensor(labels, device=device), nfe, velocity)
 
 
 def files_of(batch, folder, kind):
@@ -94,11 +89,8 @@ def save_batch(paths, pixels):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
     add("--out", required=True, type=Path, help="grid.png, samples.npz, or a directory for PNGs")
@@ -117,7 +109,7 @@ def parse_args(argv=None):
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
     args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
-    if not args.kind and suffix in Image.registered_extensions():
+    if not args.kind and suffix in shared.IMAGE_SUFFIXES:
         parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
     fits = {".png": Path.is_file, ".npz": zipfile.is_zipfile}.get(args.kind, Path.is_dir)
     if args.out.exists() and not fits(args.out):
@@ -149,9 +141,8 @@ def main(args):
 
     # The settings are stored with the pictures, so that two different runs are never mixed.
     names = ["num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype"]
-    settings = {name: vars(args)[name] for name in names} | {"step": checkpoint["step"]}
-    settings["weights"] = [part and shared.fingerprint(part.state_dict()) for part in (net, vae)]
-    settings = json.dumps(settings)
+    weights = [part and shared.fingerprint(part.state_dict()) for part in (net, vae)]
+    settings = json.dumps({name: vars(args)[name] for name in names} | {"weights": weights})
     folder = out.with_name(out.name + ".parts") if kind else out
     record = folder / "settings.json"
     complete, ours = kind == ".npz" and out.exists(), True
@@ -172,20 +163,18 @@ def main(args):
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.
     batches = [] if complete else shared.batches_of(num, args.batch_size)
-    todo = [b for b in batches if not all(path.exists() for path in files_of(b, folder, kind))]
-    todo = todo[rank::world]
-    shared.wait_for_all()  # no rank saves before all have listed the same work
+    mine = [(batch, files_of(batch, folder, kind)) for batch in batches[rank::world]]
+    todo = [(batch, files) for batch, files in mine if not all(map(Path.exists, files))]
     if args.compile:
         for part in [net, vae.decoder] if vae else [net]:
             part.compile(dynamic=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    progress, background = shared.Progress(out, sum(map(len, todo))), shared.Background()
-    for batch in todo:
-        with autocast:
+    progress, background = shared.Progress(out, len(todo)), shared.Background()
+    for batch, files in todo:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             x = draw(net, labels[batch], batch, args.seed, args.nfe, args.velocity)
             pixels = shared.to_pixels(x, vae, meta["scale"])
-        background(save_batch, files_of(batch, folder, kind), pixels)
-        progress(len(batch))
+        background(save_batch, files, pixels)
+        progress(1)
     background.wait()
     shared.wait_for_all()
 
@@ -196,8 +185,7 @@ def main(args):
         whole = np.lib.format.open_memmap(folder / "whole.npy", "w+", np.uint8, (num, h, w, c))
         np.concatenate([part.transpose(0, 2, 3, 1) for part in parts], out=whole)
         if kind == ".npz":
-            write = partial(np.savez, arr_0=whole, settings=settings)
-            shared.replace_file(out, write)
+            shared.replace_file(out, partial(np.savez, arr_0=whole, settings=settings))
         else:
             columns = count if (count := len(set(labels))) <= 16 else math.isqrt(num)
             shared.save_grid(whole.transpose(0, 3, 1, 2), out, columns)
