@@ -447,7 +447,7 @@ def parse_args(argv=None):
     add("--flip", action="store_true", help="folder: store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
     add("--batch-size", type=int, default=32, help="folder: images at once on a rank")
-    add("--workers", type=int, default=default_workers(), help="folder: decoders of images a rank")
+    add("--workers", type=int, default=default_workers(), help="folder: processes that read files")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
     add("--seed", type=int, default=0, help="glyphs: another seed draws other pictures")
@@ -603,7 +603,10 @@ def replace_file(path, write):
 
 
 def lock(folder, wait=False):
-    """Make a directory and hold it until the process ends or closes the descriptor returned."""
+    """Make a directory and hold it until the process ends or closes the descriptor returned.
+
+    If another process holds it, wait for its end or, by default, end the script.
+    """
     import fcntl  # not on Windows
 
     Path(folder).mkdir(parents=True, exist_ok=True)
