@@ -179,7 +179,7 @@ def parse_args(argv=None):
         "each block's input, run it again for the backward")  # fmt: skip
 
     # differs: the authors' code trains in float32.
-    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     recipe = PAPER | RECIPES[only_model.parse_known_args(argv)[0].model]
     parser.set_defaults(**recipe, dtype="bfloat16" if bfloat16 else "float32")
     args = parser.parse_args(argv)
@@ -673,7 +673,8 @@ def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, b
     timed["sampling"] = autocast(partial(meanflow.sample, net, e, y))
     if meta["vae"]:  # the speed of a VAE does not depend on its weights
         few = e[: len(e) if cuda else 1]
-        timed["decoding"] = partial(shared.to_pixels, few, vae or shared.VAE().to(device))
+        vae = vae or shared.VAE().to(device, memory_format=torch.channels_last)
+        timed["decoding"] = partial(shared.to_pixels, few, vae)
     taken, progress = {name: [] for name in timed}, shared.Progress("bench", rounds)
     for _ in range(rounds):
         for name, run in timed.items():
