@@ -5,7 +5,6 @@ python -m pytest -m ""                                       also kills, torchru
 MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained    how good a finished digit run is
 """
 
-import contextlib
 import copy
 import importlib.util
 import json
@@ -35,7 +34,6 @@ from PIL import Image
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -75,23 +73,22 @@ def small_batch(num_eq=5, num_neq=4, seed=1):
     return x, e, r.double(), t.double(), y, weight
 
 
-def textbook_loss(
-    net, x, e, r, t, y, weight, omega=1, kappa=0, cfg_interval=(0, 1), p=1, c=1e-3,
-    tangent=(0, 1), noise=0,
-):  # fmt: skip
+def textbook_loss(net, x, e, r, t, y, weight, goal, noise=0):
     """Algorithm 1 with Eq. 21 and 22 as they stand: JVP with a graph over the whole batch."""
     t4, r4 = t[:, None, None, None], r[:, None, None, None]
     z, v = (1 - t4) * x + t4 * e, e - x
-    u_null = net(z, t, t, torch.full_like(y, net.num_classes))
-    mix = omega * v + kappa * net(z, t, t, y) + (1 - omega - kappa) * u_null
-    guided = (t >= cfg_interval[0]) & (t <= cfg_interval[1]) & (y != net.num_classes)
+    u, u_null = (net(z, t, t, label) for label in (y, torch.full_like(y, net.num_classes)))
+    mix = goal.omega * v + goal.kappa * u + (1 - goal.omega - goal.kappa) * u_null
+    lo, hi = goal.cfg_interval
+    guided = (t >= lo) & (t <= hi) & (y != net.num_classes)
     v = torch.where(guided[:, None, None, None], mix, v).detach()
-    tangents = v, torch.full_like(r, tangent[0]), torch.full_like(t, tangent[1])
+    tangents = v, *(torch.full_like(t, d) for d in goal.tangent)
     with sdpa_kernel(SDPBackend.MATH):
         u, dudt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
     delta = u - (v - (t4 - r4) * dudt + noise * (r4 == t4)).detach()
     square = (delta**2).sum((1, 2, 3))
-    return (weight * square / (square.detach() + c) ** p).mean(), square.detach() / x[0].numel()
+    loss = (weight * square / (square.detach() + goal.c) ** goal.p).mean()
+    return loss, square.detach() / x[0].numel()
 
 
 def gradients(net, loss):
@@ -250,16 +247,15 @@ def test_the_printed_and_the_economical_step_equal_the_textbook(omega, kappa, in
     """Gradients too, so that nothing flows through the target; weights after Eq. 22."""
     net, (x, e, r, t, y, weight) = small_dit(), small_batch(12, 8)
     assert interval == (0, 1) or 0 < ((t >= 0.3) & (t <= 0.6)).sum() < 20
-    options = dict(omega=omega, kappa=kappa, cfg_interval=interval, p=0.75, c=0.01)
-    options["tangent"] = (0.0, 1.0) if interval == (0, 1) else (0.3, 0.9)
-    objective = Objective(null_label=3, **options)
-    expected = whole(net, textbook_loss(net, x, e, r, t, y, weight, **options))
-    printed = meanflow.textbook_loss(net, x, e, r, t, y, weight, objective)
-    assert_same(whole(net, printed), expected)
+    tangent = (0.0, 1.0) if interval == (0, 1) else (0.3, 0.9)
+    objective = Objective(3, omega, kappa, interval, tangent, p=0.75, c=0.01)
+    textbook = net, x, e, r, t, y, weight, objective
+    expected = whole(net, textbook_loss(*textbook))
+    assert_same(whole(net, meanflow.textbook_loss(*textbook)), expected)
     noise = meanflow.corruption(e - x, 0.3, torch.Generator().manual_seed(0))
     size = (noise.square().mean() / (e - x).square().mean()).item()
     assert size == pytest.approx(32 * 0.3**2, rel=0.3)  # of 32 dimensions
-    spoilt = whole(net, textbook_loss(net, x, e, r, t, y, weight, noise=noise, **options))
+    spoilt = whole(net, textbook_loss(*textbook, noise))
     for model in (WithTangent(net), WithTangent(net, carried=False), net):
         batch = model, x, e, r, t, y, 8, weight, objective
         assert_same(whole(net, meanflow.loss(*batch)), expected)
@@ -408,9 +404,9 @@ def test_a_fork_carries_tangents_or_says_why_not_and_trains_like_the_textbook(re
     net.double()
     for num_neq in (0, 1, 4, 10):
         *batch, weight = small_batch(10 - num_neq, num_neq)
-        model, options = WithTangent(net, carried=not found), dict(omega=0.7, kappa=0.5)
-        ours = meanflow.loss(model, *batch, num_neq, weight, Objective(3, **options))
-        expected = textbook_loss(net, *batch, weight, **options)
+        model, goal = WithTangent(net, carried=not found), Objective(3, omega=0.7, kappa=0.5)
+        ours = meanflow.loss(model, *batch, num_neq, weight, goal)
+        expected = textbook_loss(net, *batch, weight, goal)
         assert_same(whole(net, ours), whole(net, expected))
 
 
@@ -429,8 +425,8 @@ def test_a_wrong_rule_or_a_broken_network_is_found(monkeypatch):
 def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpointed, carried):
     """Compiled in one graph: a break in it would be an error; and once."""
     net, batch = small_dit(), small_batch(12, 8)
-    options = dict(omega=0.2, kappa=0.92, cfg_interval=(0.2, 0.8))
-    expected = gradients(net, textbook_loss(net, *batch, **options)[0])
+    goal = Objective(3, omega=0.2, kappa=0.92, cfg_interval=(0.2, 0.8))
+    expected = gradients(net, textbook_loss(net, *batch, goal)[0])
     model = WithTangent(net, carried)
     for block in net.blocks if checkpointed else ():
         block.forward = partial(meanflow.checkpointed, block.forward)
@@ -439,40 +435,13 @@ def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpoin
         torch.compiler.reset()
         model.compile(fullgraph=True, dynamic=False)
     *batch, weight = batch
-    step = partial(meanflow.loss, model, *batch, 8, weight, Objective(3, **options))
+    step = partial(meanflow.loss, model, *batch, 8, weight, goal)
     loss, _ = step()
     with torch.compiler.set_stance("fail_on_recompile"):
         step()
     scale = max(g.abs().max() for g in expected)
     for ours, theirs in zip(gradients(net, loss), expected, strict=True):
         assert (ours.double() - theirs).abs().max() < scale * (1e-5 if compiled else 1e-14)
-
-
-def distributed_gradients(rank, folder, carried):
-    """One of two processes: its halves of two micro-batches, through DDP."""
-    store = f"file://{folder}/store"
-    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    bare = small_dit()
-    net = DistributedDataParallel(WithTangent(bare, carried))
-    for chunk in range(2):
-        *batch, weight = small_batch(6, 4, seed=2 * chunk + rank)
-        with net.no_sync() if chunk == 0 else contextlib.nullcontext():
-            loss, _ = meanflow.loss(net, *batch, 4, weight, Objective(3, omega=0.2, kappa=0.92))
-            (loss / 2).backward()
-    torch.save([p.grad for p in bare.parameters() if p.requires_grad], f"{folder}/{rank}.pt")
-    prepare_latents.leave_ranks()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("carried", [True, False])
-def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path, carried):
-    torch.multiprocessing.spawn(distributed_gradients, (tmp_path, carried), nprocs=2)
-    net = small_dit()
-    batches = zip(*(small_batch(6, 4, seed=seed) for seed in range(4)), strict=True)
-    loss, _ = textbook_loss(net, *map(torch.cat, batches), omega=0.2, kappa=0.92)
-    expected = list(gradients(net, loss))
-    for rank in range(2):
-        assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, rtol=1e-10, atol=1e-13)
 
 
 def test_the_derivative_in_bfloat16_is_as_precise_as_the_velocity():
@@ -555,16 +524,15 @@ def test_labels_are_dropped_at_their_rate_and_only_to_the_null_label():
 
 def test_the_affinity_is_the_cosine_of_two_gradients():
     net, (x, e, _, t, y, _) = small_dit(), small_batch(6, 2)
-    options, pairs = dict(omega=0.7, kappa=0.5), [(t, 0.2 * t), (t, 0.8 * t)]
+    goal, pairs = Objective(3, omega=0.7, kappa=0.5), [(t, 0.2 * t), (t, 0.8 * t)]
 
     def sample_times(num_eq, num_neq, pairs=None):
         assert (num_eq, num_neq) == ((0, 8) if pairs else (8, 0))
         return pairs or (t, t)
 
-    args = WithTangent(net), x, e, y, sample_times, pairs, Objective(3, **options)
-    ours = meanflow.affinity(*args).tolist()
+    ours = meanflow.affinity(WithTangent(net), x, e, y, sample_times, pairs, goal).tolist()
     assert all(p.grad is None for p in net.parameters())
-    losses = [textbook_loss(net, x, e, r, t, y, 1, **options)[0] for t, r in [(t, t), *pairs]]
+    losses = [textbook_loss(net, x, e, r, t, y, 1, goal)[0] for t, r in [(t, t), *pairs]]
     of_v, *of_u = (np.concatenate([g.flatten() for g in gradients(net, a)]) for a in losses)
     assert_close(ours, [u @ of_v / np.sqrt((u @ u) * (of_v @ of_v)) for u in of_u])
 
@@ -1238,6 +1206,12 @@ def random_start(data, out, *flags):
     return out / "last.pt"
 
 
+def nearly_equal(ours, theirs):
+    """Weights of two runs: where a gradient is 0, Adam enlarges rounding errors."""
+    far = torch.cat([((ours[k] - theirs[k]).abs() > 1e-5).flatten() for k in theirs])
+    assert far.float().mean() < 1e-3
+
+
 @pytest.mark.parametrize(
     "flags",
     [
@@ -1259,7 +1233,8 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
     ema = copy.deepcopy(net.state_dict())
     state = run(glyphs, tmp_path, *flags, "--init-from", given)
     rows = metrics(tmp_path)
-    names = ["omega", "kappa", "cfg_interval", "adaptive_p", "adaptive_c", "tangent"]
+    names = ["omega", "kappa", "cfg_interval", "tangent", "adaptive_p", "adaptive_c"]
+    goal = Objective(10, *(a[name] for name in names))
     quantile = partial(LOGNORM, mu=a["time_mu"], sigma=a["time_sigma"])
     pairs = schedules.time_pairs(quantile, a["gap"]).float() if a["gap"] else None
     lam, dtd = schedules.beta_lambda(quantile, pairs), schedules.DTD(3, 3, 200, 0.6)
@@ -1285,7 +1260,7 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
             noise = meanflow.corruption(e - x, a["v_noise"], g) if a["v_noise"] else 0 * x
             batch.append((x, e, r, t, y, torch.where(r == t, alpha, beta), noise))
         *batch, noise = map(torch.cat, zip(*batch, strict=True))
-        loss, errors = textbook_loss(net, *batch, *(a[name] for name in names), noise)
+        loss, errors = textbook_loss(net, *batch, goal, noise)
         adam.zero_grad()
         loss.backward()
         gradient = [p.grad for p in net.parameters() if p.requires_grad]
@@ -1305,9 +1280,8 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
             if (inside := (lo <= gap) & (gap < hi)).any():
                 expected[f"u_error_{lo}-{hi}"] = errors[inside].mean()
         assert rows[step] == pytest.approx({k: float(v) for k, v in expected.items()}, rel=1e-4)
-    for ours, theirs in [(state["net"], net.state_dict()), (state["ema"], ema)]:
-        far = torch.cat([((ours[k] - theirs[k]).abs() > 1e-5).flatten() for k in theirs])
-        assert far.float().mean() < 1e-3  # where a gradient is 0, Adam enlarges rounding errors
+    nearly_equal(state["net"], net.state_dict())
+    nearly_equal(state["ema"], ema)
     if a["accel"] == "dtd":
         assert_close(state["dtd"], dtd.state_dict(), rtol=1e-4, atol=0)
 
@@ -1442,17 +1416,24 @@ def test_a_run_is_resumed_by_the_same_command_alone(glyphs, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_path):
-    """And one rank that accumulates takes the textbook's steps on whole batches, see above."""
+@pytest.mark.parametrize("reason", ["", "a network of other functions"])
+def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_path, reason):
+    """Tangents carried or not. One rank takes the textbook's steps on whole batches, see above."""
+    script = f"""import sys
+sys.path.insert(0, {str(HERE)!r})
+import meanflow, train
+meanflow.why_not_carried = lambda net, shape: {reason!r}
+train.main(train.parse_args())"""
+    (tmp_path / "fork.py").write_text(script)
     flags = ["--micro-batch-size", 2, "--warmup", 0, "--lr", 1e-3, "--r-neq-t", 0.5]
-    flags += ["--accel", "none"]
-    run(glyphs, tmp_path / "one", *flags, "--steps", 4)
-    torchrun(2, "train.py", *tiny(glyphs, tmp_path / "two", *flags, "--steps", 2))
-    run(glyphs, tmp_path / "two", *flags, "--steps", 4)
-    for one, two in zip(*(metrics(tmp_path / name) for name in ("one", "two")), strict=True):
+    flags += ["--accel", "none", "--init-from", random_start(glyphs, tmp_path / "given")]
+    alone = run(glyphs, tmp_path / "one", *flags, "--steps", 4)
+    torchrun(2, tmp_path / "fork.py", *tiny(glyphs, tmp_path / "two", *flags, "--steps", 2))
+    state = run(glyphs, tmp_path / "two", *flags, "--steps", 4)
+    for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
-    one, two = (torch.load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    assert_close([one["net"], one["ema"]], [two["net"], two["ema"]], rtol=0, atol=1e-5)
+    for name in ("net", "ema"):
+        nearly_equal(state[name], alone[name])
 
 
 # ---------------------------------------------------------------------------- runs that survive
@@ -1491,12 +1472,14 @@ def seen(log, pattern, job, seconds=60):
 
 def same_run(one, two):
     """Whether two runs ended with the same bits: weights, EMA, Adam, curriculum, log, pictures."""
-    states = [torch.load(out / "last.pt", weights_only=True) for out in (one, two)]
-    kept = [[s["step"], s["net"], s["ema"], s["dtd"], s["optimizer"]["state"]] for s in states]
+    kept, pictures = [], []
+    for out in (one, two):
+        state = torch.load(out / "last.pt", weights_only=True)
+        names = "step", "net", "ema", "dtd", "optimizer"
+        kept.append([state[name] for name in names])
+        pictures.append({p.relative_to(out): p.read_bytes() for p in out.rglob("*.png")})
     assert_close(kept[0], kept[1], rtol=0, atol=0)
     assert metrics(one) == metrics(two)
-    pictures = [{p.relative_to(out): p.read_bytes() for p in out.rglob("*.png")}
-                for out in (one, two)]  # fmt: skip
     assert pictures[0] == pictures[1] != {}
 
 
