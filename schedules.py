@@ -48,8 +48,8 @@ def sample_t_r(num_eq, num_neq, quantile, mass=1.0, pairs=None, generator=None):
     return t, r
 
 
-def midpoints(grid):
-    return (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+def midpoints(n):
+    return (torch.arange(n, dtype=torch.float64) + 0.5) / n
 
 
 def time_pairs(quantile, gap, grid=1024):
@@ -73,23 +73,18 @@ def mean_over_v_samples(function, quantile, grid=100_000):
 def beta_lambda(quantile, pairs=None):
     """lambda = 1 / E[1 - dt], arXiv 2511.19065v1, Sec. 5, over `pairs`, else over two draws.
 
-    For two draws E[dt] = 2 (E[the larger] - E[one]). Default times: lambda = 1.3045.
+    The larger of two draws has density 2 q, the smaller 2 - 2 q. Default times: lambda = 1.3045.
     """
-    if pairs is not None:
-        return 1 / (1 - (pairs[0] - pairs[1]).mean().item())
-    mean = quantile(midpoints(100_000)).mean().item()
-    return 1 / (1 - 2 * (mean_over_v_samples(lambda t: t, quantile) - mean))
-
-
-def training_progress(step, steps, k=1.0):
-    """s = 1 - (i / T)^k: 1 at the start of training, 0 at its end. arXiv 2511.19065v1, Sec. 5."""
-    return 1 - (step / steps) ** k
+    q = midpoints(100_000)
+    dt = (4 * q - 2) * quantile(q) if pairs is None else pairs[0] - pairs[1]
+    return 1 / (1 - dt.mean().item())
 
 
 def beta(dt, s, lam):
     """Progressive weight 1 - s + lambda s (1 - dt) of a gap dt = t - r. arXiv 2511.19065v1, Sec. 5.
 
-    At s = 1 short gaps weigh most and the mean weight is 1; at s = 0 every gap weighs 1.
+    s = 1 - (i / T)^k falls from 1 to 0 over training: at s = 1 short gaps weigh most and the mean
+    weight is 1; at s = 0 every gap weighs 1.
     """
     return 1 - s + lam * s * (1 - dt)
 

@@ -103,6 +103,12 @@ def torchrun(ranks, script, *flags, start=subprocess.run, launch=(), **options):
     return start(list(map(str, command)), env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def refusal(capsys, code, words, script, *flags):
     """A script ends with this exit code, and in one line that has these words."""
     name = f"{script.__name__}.py"
@@ -311,6 +317,13 @@ def test_a_step_costs_no_more_than_its_parts_need(name, more):
 
 
 WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+
+
+def labels(a):
+    y = torch.tensor([0, 2, 1, 0, 2])
+    return Dual(y, torch.zeros_like(y[:2])) if isinstance(a, Dual) else y[-2:]
+
+
 RULE_CASES = {  # a function of three values (B, 2, 6, 4), by the name of its rule
     "add": lambda a, b, c: 1 + a + b + WEIGHT[0] + (WEIGHT[0] + c),
     "sub": lambda a, b, c: (a - b - 1) * (1 - a) * (WEIGHT[0] - c),
@@ -320,8 +333,10 @@ RULE_CASES = {  # a function of three values (B, 2, 6, 4), by the name of its ru
     "neg": lambda a, b, c: -a * b,
     **{
         name: lambda a, b, c, name=name: getattr(torch, name)(a) * getattr(b, name)()
-        for name in ("exp", "cos", "sin", "tanh", "sigmoid")
+        for name in ("exp", "square", "cos", "sin", "tanh", "sigmoid", "relu")
     },
+    "sqrt": lambda a, b, c: a.square().sqrt() * (b * b).sqrt(),
+    "embedding": lambda a, b, c: a * F.embedding(labels(a), WEIGHT)[:, None, None],
     "silu": lambda a, b, c: F.silu(a) + F.silu(b + c, inplace=True),
     "gelu": lambda a, b, c: F.gelu(a, approximate="tanh") + F.gelu(b),
     "softmax": lambda a, b, c: a.softmax(-1) * torch.softmax(b, 1) * F.softmax(c, dim=2),
@@ -333,6 +348,11 @@ RULE_CASES = {  # a function of three values (B, 2, 6, 4), by the name of its ru
     "cat": lambda a, b, c: torch.cat([a, b, c], dim=2),
     "stack": lambda a, b, c: torch.stack([a, b, c], dim=1),
     "chunk": lambda a, b, c: a.chunk(2, -1)[1],
+    "split": lambda a, b, c: a.split([1, 3], -1)[1] * torch.split(b, 3, -1)[0],
+    "permute": lambda a, b, c: a.permute(0, 2, 3, 1) * torch.permute(b, (0, 2, 3, 1)),
+    "unsqueeze": lambda a, b, c: a.unsqueeze(1) * b[:, None],
+    "mean": lambda a, b, c: a - a.mean(1, keepdim=True),
+    "sum": lambda a, b, c: a.sum(dim=(2, 3)),
     "unbind": lambda a, b, c: a.unbind(2)[3],
     "transpose": lambda a, b, c: a.transpose(1, 3),
     "unflatten": lambda a, b, c: a.unflatten(-1, (2, 2)),
@@ -379,10 +399,9 @@ class SwiGLU(nn.Module):
 
 FORKS = {  # what the reason says, or nothing where tangents are carried: change
     "": lambda x: x,
-    "mean": lambda x: x - x.mean(1, keepdim=True),
+    "cumsum": lambda x: x + x.cumsum(1),
     "einops": lambda x: rearrange(x, "b n (h d) -> b n (d h)", h=2),
-    "comparison": lambda x: x * (x == x[:, :1]),
-    "the batch dimension": lambda x: torch.cat(x.chunk(2), 0),
+    "differs": lambda x: x * (x == x[:, :1]),
 }
 
 
@@ -501,9 +520,8 @@ def test_a_network_trained_on_gaussian_data_learns_the_closed_form():
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / 3500))
         x, e = torch.randn(2, 512, 1, 1, 1)
         t, r = schedules.sample_t_r(128, 384, uniform)
-        loss, _ = meanflow.loss(
-            WithTangent(net), MEAN + STD * x, e, r, t, t, 384, 1.0, Objective(p=0)
-        )
+        batch = WithTangent(net), MEAN + STD * x, e, r, t, t, 384
+        loss, _ = meanflow.loss(*batch, objective=Objective(p=0))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -587,7 +605,6 @@ def test_beta_has_mean_one_at_the_start_and_is_one_at_the_end():
     assert schedules.beta(gaps, 1.0, lam).mean().item() == pytest.approx(1)
     assert_close(schedules.beta(gaps, 0.25, lam), 0.75 + 0.25 * lam * (1 - gaps))
     assert (schedules.beta(gaps, 0.0, lam) == 1).all()
-    assert [schedules.training_progress(i, 4, 2) for i in (0, 2, 4)] == [1, 0.75, 0]
     assert not schedules.time_pairs(LOGNORM, (0.999, 1.0)).numel()
 
 
@@ -1267,9 +1284,8 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
             y = meanflow.drop_labels(y, 10, a["label_drop"], g)
             mass = dtd.mass if a["accel"] == "dtd" else 1.0
             t, r = schedules.sample_t_r(micro - num_neq, num_neq, quantile, mass, pairs, g)
-            alpha = (
-                torch.minimum((1 - t) ** 2, gamma * t**2) / mean if a["accel"] == "minsnr" else 1.0
-            )
+            alpha = torch.minimum((1 - t) ** 2, gamma * t**2) / mean
+            alpha = alpha if a["accel"] == "minsnr" else 1.0
             beta = 1 - s + lam * s * (1 - t + r) if a["progressive"] else 1.0
             noise = meanflow.corruption(e - x, a["v_noise"], g) if a["v_noise"] else 0 * x
             batch.append((x, e, r, t, y, torch.where(r == t, alpha, beta), noise))
@@ -1384,7 +1400,7 @@ def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsy
     flags = ["--bench", "--data", glyphs, "--out", tmp_path / "none", "--batch-size", 8, *more]
     train.main(train.parse_args(list(map(str, flags))))
     lines = capsys.readouterr().out.splitlines()
-    rows = {line[:26].strip(): line[26:].split() for line in lines if line.endswith(" -")}
+    rows = {line[:26].strip(): line[26:].split() for line in lines if line.endswith(" 0%")}
     ratio = {name: float(row[0]) for name, row in rows.items()}
     flops = {name: float(row[1]) / float(rows["flow matching"][1]) for name, row in rows.items()}
     assert len(rows) == 3 + 2 * (not more)
@@ -1396,29 +1412,85 @@ def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsy
         assert flops["MeanFlow, textbook"] > 1.6
         assert flops["guided MeanFlow, textbook"] > 2.2
         assert ratio["guided MeanFlow"] < ratio["guided MeanFlow, textbook"]
-    assert float(re.search(r"the loader alone, 0 workers: (\S+) pictures/s", lines[-1])[1]) > 0
+    for what in ["sampling in one step", "the loader alone, 0 workers"]:
+        assert float(re.search(rf"{what}: (\S+) pictures/s", "\n".join(lines))[1]) > 0
     assert not (tmp_path / "none").exists()
+
+
+def rank_of_a_run(rank, port, flags, out, reason=""):
+    """One of two, in this process; leaves its number of graphs and of breaks between graphs."""
+    address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=2)
+    os.environ |= {name: str(value) for name, value in address.items()}
+    meanflow.why_not_carried = lambda net, shape: reason
+    train.main(train.parse_args(flags))
+    counted = torch._dynamo.utils.counters
+    torch.save((counted["stats"]["unique_graphs"], counted["graph_break"]), out / f"{rank}.graphs")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("reason", ["", "a network of other functions"])
 def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_path, reason):
     """Tangents carried or not. One rank takes the textbook's steps on whole batches, see above."""
-    script = f"""import sys
-sys.path.insert(0, {str(HERE)!r})
-import meanflow, train
-meanflow.why_not_carried = lambda net, shape: {reason!r}
-train.main(train.parse_args())"""
-    (tmp_path / "fork.py").write_text(script)
     flags = ["--micro-batch-size", 2, "--warmup", 0, "--lr", 1e-3, "--r-neq-t", 0.5]
     flags += ["--accel", "none", "--init-from", random_start(glyphs, tmp_path / "given")]
     alone = run(glyphs, tmp_path / "one", *flags, "--steps", 4)
-    torchrun(2, tmp_path / "fork.py", *tiny(glyphs, tmp_path / "two", *flags, "--steps", 2))
+    two = tiny(glyphs, tmp_path / "two", *flags, "--steps", 2)
+    torch.multiprocessing.spawn(rank_of_a_run, (free_port(), two, tmp_path, reason), 2)
     state = run(glyphs, tmp_path / "two", *flags, "--steps", 4)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
     for name in ("net", "ema"):
         nearly_equal(state[name], alone[name])
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations of a run's steps: from the first random number to the next step."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.names, self.on = [], False
+        for name, on in [("keyed_generator", True), ("largest_of_ranks", False)]:
+            monkeypatch.setattr(train, name, partial(self.switch, on, getattr(train, name)))
+
+    def switch(self, on, function, *args, **kwargs):
+        if on != self.on:
+            self.on = on
+            self.__enter__() if on else self.__exit__(None, None, None)
+        return function(*args, **kwargs)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.split(".")[0]
+        masked = name.startswith("index") and any(
+            getattr(index, "dtype", None) in (torch.bool, torch.uint8) for index in args[1]
+        )
+        self.names.append("masked index" if masked else name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("accel", ["none", "minsnr", "dtd"])
+def test_a_step_never_waits_for_the_device(glyphs, tmp_path, monkeypatch, accel):
+    """Guided, accumulated, with all that is measured: no value is read by the host."""
+    mode = Waits(monkeypatch)
+    flags = ["--omega", 0.5, "--kappa", 0.3, "--micro-batch-size", 4, "--affinity-every", 2]
+    flags += ["--steps", 4, "--log-every", 4, "--v-noise", 0.1, "--accel", accel]
+    run(glyphs, tmp_path, *flags)
+    assert mode.names.count("_fused_adam_") == 4
+    assert mode.names.count("_foreach_lerp_") == 4
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "masked index", "_unique2"}
+    assert not waits & set(mode.names)
+
+
+@pytest.mark.slow
+def test_a_compiled_run_has_a_graph_for_each_way_through_a_block(glyphs, tmp_path):
+    """And not for each block, rank, micro-batch or step; on two ranks, with checkpointing."""
+    flags = ["--compile", "--steps", 5, "--batch-size", 16, "--micro-batch-size", 4]
+    flags += ["--omega", 0.5, "--kappa", 0.3, "--affinity-every", 2, "--activation-checkpointing"]
+    args = free_port(), tiny(glyphs, tmp_path, *flags), tmp_path
+    torch.multiprocessing.spawn(rank_of_a_run, args, 2)
+    for rank in range(2):
+        graphs, breaks = torch.load(tmp_path / f"{rank}.graphs")
+        # u of all and of the r < t samples without gradient; with it, du/dt of none, some or all
+        assert (graphs, sum(breaks.values())) == (5, 0)
 
 
 # ---------------------------------------------------------------------------- runs that survive
@@ -1430,10 +1502,8 @@ def start(glyphs):
     jobs = []
 
     def start(log, *flags, ranks=1):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            env = os.environ | {"MASTER_PORT": str(free.getsockname()[1]), "OMP_NUM_THREADS": "1"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "WORLD_SIZE": str(ranks)}
+        env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        env |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
         command = [sys.executable, HERE / "train.py", *tiny(glyphs, *flags)]
         with open(log, "a") as file:
             for rank in map(str, range(ranks)):
@@ -1489,7 +1559,6 @@ def test_a_stopped_run_ends_with_the_same_bits(glyphs, tmp_path, monkeypatch, ca
         assert stop.value.code == 128 + number
         assert f"{number.name}: stopped after step {at + 1};" in capsys.readouterr().out
         assert torch.load(out / "last.pt", weights_only=True)["step"] == at + 1
-        (out / "samples" / "00000099.png").touch()  # of an older run
         run(glyphs, out, *flags)
         same_run(tmp_path / "whole", out)
 

@@ -13,7 +13,6 @@ SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and exits with 128 + 
 import argparse
 import atexit
 import copy
-import dataclasses
 import json
 import math
 import multiprocessing
@@ -23,6 +22,7 @@ import sys
 import time
 import timeit
 from contextlib import nullcontext
+from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from itertools import pairwise
@@ -32,9 +32,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
+from torch.autograd import DeviceType
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
@@ -46,10 +48,12 @@ from sample import CHECKPOINT_FORMAT, draw, keyed_generator, read_checkpoint
 
 # ---------------------------------------------------------------------------- recipes
 
-# The default datasets, and what --dry-run and --bench assume where they do not exist: the number of
-# pictures, their shape (C, H, W) and the number of classes.
+# The default datasets, and what --dry-run and --bench assume where they do not exist.
 GLYPHS, IMAGENET = "data/glyphs", "data/imagenet"
-ASSUMED = {GLYPHS: (20_000, (1, 16, 16), 10), IMAGENET: (1_281_167, (4, 32, 32), 1000)}
+ASSUMED = {
+    GLYPHS: dict(count=20_000, shape=(1, 16, 16), classes=range(10), vae=False),
+    IMAGENET: dict(count=1_281_167, shape=(4, 32, 32), classes=range(1000), vae=True),
+}
 
 # arXiv 2505.13447v1, Tab. 4: shared defaults, then each model's own. The number of workers, and how
 # often a run logs, draws and saves, is ours.
@@ -70,7 +74,7 @@ RECIPES = {name: {} for name in CONFIGS} | {
 
 # Ranges of the gap t - r in which errors and affinities are given: arXiv 2511.19065v1, Sec. 4.2.
 EDGES = (0.1, 0.3, 0.5, 0.7, 0.9)
-GAPS = list(pairwise(EDGES))
+GAPS = [f"{lo}-{hi}" for lo, hi in pairwise(EDGES)]
 
 # Flags that may differ when a run is resumed. Another length is allowed, although beta and DTD go
 # by the share of the run. The data is compared by its meta.json.
@@ -101,13 +105,9 @@ def parse_args(argv=None):
     only_model = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
     only_model.add_argument("--model", choices=CONFIGS, default="tiny", help="network and recipe")
     parser = argparse.ArgumentParser(
-        prog="train.py",
-        usage="train.py [--model NAME] [flags]",
-        description=__doc__.splitlines()[0] + " Defaults are the recipe of the --model given.",
-        parents=[only_model],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+        prog="train.py", description=__doc__.splitlines()[0], parents=[only_model],
+        allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
     finite = number(float, math.isfinite, "a finite number")
     positive = number(float, lambda a: 0 < a < math.inf, "a positive number")
     share = number(float, lambda a: 0 <= a <= 1, "in [0, 1]")
@@ -230,17 +230,14 @@ def main(args):
     trains = not (args.dry_run or args.bench)
 
     # Data, and how a global batch divides into micro-batches.
-    if args.data in ASSUMED and not trains and not Path(args.data, "meta.json").exists():
-        data, (count, shape, classes) = None, ASSUMED[args.data]
-        meta, epoch = dict(shape=shape, classes=range(classes), vae=args.data == IMAGENET), count
-        say(f"note: there is no {args.data} yet; assumed to be {count:,} pictures {shape}")
-    else:
-        if args.data == GLYPHS:
-            if rank == 0 and not Path(GLYPHS, "meta.json").exists():
-                shared.write_glyphs(GLYPHS)
-            shared.wait_for_all()
-        data = shared.Dataset(args.data)
-        meta, count, epoch = data.meta, len(data), data.epoch_length
+    missing = args.data in ASSUMED and not Path(args.data, "meta.json").exists()
+    if missing and trains and args.data == GLYPHS:
+        if rank == 0:
+            shared.write_glyphs(GLYPHS)
+        shared.wait_for_all()
+    data = None if missing and not trains else shared.Dataset(args.data)
+    meta = data.meta if data else ASSUMED[args.data]
+    count, epoch = (len(data), data.epoch_length) if data else [meta["count"]] * 2
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
         shared.fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x {micro}")
@@ -261,14 +258,14 @@ def main(args):
         refuse_another_run(saved, args, data and meta, steps)
         start = saved["step"]
 
-    # Schedules: the constants of beta and alpha, and the curriculum.
+    # Schedules: the times, the constants of beta and alpha, and the curriculum.
     sampler = schedules.TIME_SAMPLERS[args.time_sampler]
     quantile = partial(sampler, mu=args.time_mu, sigma=args.time_sigma)
-    gap_pairs = schedules.time_pairs(quantile, args.gap) if args.gap else None
-    if args.gap and not gap_pairs.numel():
+    pairs = schedules.time_pairs(quantile, args.gap) if args.gap else None
+    if args.gap and not pairs.numel():
         shared.fail(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
-    lam = schedules.beta_lambda(quantile, gap_pairs)
-    gap_pairs = gap_pairs.float().to(device) if args.gap else None
+    lam = schedules.beta_lambda(quantile, pairs)
+    pairs = pairs.float().to(device) if args.gap else None
     if args.accel in schedules.ALPHAS:
         alpha = partial(schedules.ALPHAS[args.accel], gamma=args.snr_gamma)
         alpha_mean = schedules.mean_over_v_samples(alpha, quantile)
@@ -282,15 +279,16 @@ def main(args):
     except ValueError as error:
         shared.fail(f"--model {args.model}: {error}")
     if args.init_from and not saved:
-        other = read_checkpoint(args.init_from)
+        given = read_checkpoint(args.init_from)
         for name in ("model", "conditioning"):
-            if other["args"][name] != getattr(args, name):
-                shared.fail(f"--init-from {args.init_from} has --{name} {other['args'][name]}")
-        shared.load_strictly(net, other["ema"], args.init_from)
+            if given["args"][name] != getattr(args, name):
+                shared.fail(f"--init-from {args.init_from} has --{name} {given['args'][name]}")
+        shared.load_strictly(net, given["ema"], args.init_from)
     trained = [p for p in net.parameters() if p.requires_grad]
     say(
         f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, {count:,} "
-        f"pictures {tuple(meta['shape'])} of {len(meta['classes'])} classes\n"
+        f"pictures {tuple(meta['shape'])} of {len(meta['classes'])} classes"
+        f"{'' if data else f', assumed as there is no {args.data} yet'}\n"
         f"{out}: {steps:,} steps of {args.batch_size} = {steps * args.batch_size / epoch:.1f} "
         f"epochs from step {start:,}; {world} x {device.type}, {args.dtype}; on each "
         f"{len(chunks)} x {micro} samples a step, {num_neq} of {micro} with r < t"
@@ -304,9 +302,9 @@ def main(args):
     ema = copy.deepcopy(net).requires_grad_(False)
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
-    parts = {"net": net, "ema": ema, "optimizer": optimizer, "dtd": dtd}
+    stateful = {"net": net, "ema": ema, "optimizer": optimizer, "dtd": dtd}
     if saved:
-        for name, part in parts.items():
+        for name, part in stateful.items():
             part.load_state_dict(saved[name])
         if saved["micro"] != micro:
             say(f"note: micro-batches of {micro}, not {saved['micro']}: other noise from here on")
@@ -314,8 +312,8 @@ def main(args):
 
     # What shows and measures pictures.
     vae = shared.load_vae(args.vae).to(device) if args.vae else None
-    if bool(vae) != bool(meta.get("vae")) and (vae or args.fid_every):
-        holds = "latents: name" if meta.get("vae") else "pixels: leave out"
+    if bool(vae) != bool(meta["vae"]) and (vae or args.fid_every):
+        holds = "latents: name" if meta["vae"] else "pixels: leave out"
         shared.fail(f"--data {args.data} holds {holds} --vae")
     if vae and vae.fingerprint() != meta["vae"]:
         say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
@@ -324,7 +322,25 @@ def main(args):
         if not (reference := fid.load_statistics(Path(args.fid_ref))):
             shared.fail(f"--fid-ref {args.fid_ref} holds no mu and sigma")
 
-    # The objective, and the forward with tangents, which DDP wraps and torch.compile compiles.
+    # The loader's workers are forked before DDP starts threads. They ignore signals, since the step
+    # in progress needs them; so at exit they are killed, or Python would wait for them.
+    batches = None
+    if data:
+        atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
+        keys = ((step, chunk) for step in range(start, steps) for chunk in chunks)
+        order = (chunk_indices(*key, micro, args.batch_size, count, args.seed) for key in keys)
+        batches = iter(
+            torch.utils.data.DataLoader(
+                data,
+                batch_sampler=order,
+                num_workers=min(args.workers, os.cpu_count() or 1),
+                worker_init_fn=partial(on_signals, signal.SIG_IGN),
+                collate_fn=tuple,  # the dataset gives whole batches
+                pin_memory=device.type == "cuda",
+            )
+        )
+
+    # The objective, and the forward with tangents, which DDP wraps.
     guidance = dict(omega=args.omega, kappa=args.kappa) if net.num_classes else {}
     objective = meanflow.Objective(
         null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
@@ -332,38 +348,32 @@ def main(args):
     )  # fmt: skip
     if reason := meanflow.why_not_carried(net, meta["shape"]):
         say(f"note: du/dt by torch.func.jvp, which is slower; see RULES in meanflow.py: {reason}")
-    if args.activation_checkpointing:
-        for block in net.blocks:
+    for block in net.blocks:
+        if args.activation_checkpointing:
             block.forward = partial(meanflow.checkpointed, block.forward)
-    bare = meanflow.WithTangent(net, carried=not reason)
-    if args.compile:
-        bare.compile(dynamic=False)
-    model = DistributedDataParallel(bare, gradient_as_bucket_view=True) if world > 1 else bare
+        if args.compile:  # by block: the whole network takes minutes, and DDP would cut its graph
+            block.forward = torch.compile(block.forward, dynamic=False)
+    plain = model = meanflow.WithTangent(net, carried=not reason)
+    if world > 1:
+        torch._dynamo.config.optimize_ddp = False
+        model = DistributedDataParallel(plain, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
-    def update():
+    def learning_rate(step):
+        return args.lr * min(1, (step + 1) / max(args.warmup, 1))
+
+    def update(step):
         """A step of Adam and of the running average; returns the norm of the gradient."""
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
         grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay views of its buckets
         update_ema(list(ema.parameters()), list(net.parameters()), None)
         return grad_norm
 
-    loader = data and torch.utils.data.DataLoader(
-        data,
-        batch_sampler=(
-            chunk_indices(step, chunk, micro, args.batch_size, count, args.seed)
-            for step in range(start, steps)
-            for chunk in chunks
-        ),
-        num_workers=min(args.workers, os.cpu_count() or 1),
-        worker_init_fn=own_group,
-        collate_fn=tuple,  # the dataset gives whole batches
-        pin_memory=device.type == "cuda",
-    )
     if args.bench:
-        t, r = (a.to(device) for a in schedules.sample_t_r(micro - num_neq, num_neq, quantile))
-        bench(args, model, objective, update, autocast, t, r, num_neq, meta["shape"], loader, say)
+        times = schedules.sample_t_r(num_eq, num_neq, quantile)
+        bench(args, plain, objective, update, autocast, times, num_neq, meta, vae, batches, say)
         return
 
     if rank == 0:
@@ -372,44 +382,40 @@ def main(args):
     classes = np.unique(np.linspace(0, max(net.num_classes - 1, 0), 10).astype(int)).tolist()
     edges = torch.tensor(EDGES, device=device)
     if args.affinity_every:
-        lattices = [schedules.time_pairs(quantile, gap).float().to(device) for gap in GAPS]
-    caught = []
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        signal.signal(getattr(signal, name), lambda signum, _: caught.append(signum))
-    atexit.register(end_workers)
-    batches, history, affinities, saved_at, clock = iter(loader), [], [], start, time.time()
+        lattices = [
+            schedules.time_pairs(quantile, gap).float().to(device) for gap in pairwise(EDGES)
+        ]
+    caught, history, affinities, saved_at, clock = [], [], [], start, time.time()
+    on_signals(lambda signum, _: caught.append(signum))
 
     for step in range(start, steps + 1):
-        notice = largest(max(caught, default=0))  # all ranks stop after the same step
+        notice = largest_of_ranks(max(caught, default=0))  # all ranks stop after the same step
         ended = notice > 0 or step == steps
-        s = schedules.training_progress(step, steps, args.beta_k)
+        s = 1 - (step / steps) ** args.beta_k
         measures = args.fid_every and step > start and (ended or step % args.fid_every == 0)
         saves = step > start and (ended or step % args.save_every == 0)
         draws = ended or step % args.sample_every == 0
+        logs = step == start + 1 or step % args.log_every == 0  # early, to show the speed
 
-        # Logs the first step too, to show the speed early; and checks before anything is written.
-        logs = step == start + 1 or step % args.log_every == 0
-        if history and (logs or saves or draws or measures):
+        if history and (logs or saves or draws or measures):  # nothing bad is written
             rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
             if len(bad := (~rows.isfinite().all(1)).nonzero()):
-                at = step - len(rows) + bad[0].item()
+                at = step - len(rows) + int(bad[0])
                 shared.fail(
                     f"loss or gradient not finite at step {at:,}, learning rate "
-                    f"{args.lr * min(1, (at + 1) / max(args.warmup, 1)):g}; the last checkpoint is "
-                    f"of step {saved_at:,}; try a lower --lr in another --out"
+                    f"{learning_rate(at):g}; the last checkpoint is of step {saved_at:,}; try a "
+                    "lower --lr in another --out"
                 )
             row = {"step": step} | averages(rows, num_eq, num_neq)
-            row["lr"] = optimizer.param_groups[0]["lr"]
+            row["lr"] = learning_rate(step - 1)
             if args.progressive:
                 row["s"] = s
             if args.accel == "dtd":
                 row["stage"] = int(dtd.stage)
             rate = row["images_per_second"] = len(rows) * args.batch_size / (time.time() - clock)
             left = timedelta(seconds=int((steps - step) * args.batch_size / rate))
-            shown = "  ".join(
-                f"{k} {v:.4g}" for k, v in row.items() if k != "step" and "-" not in k
-            )
-            say(f"step {step:,}/{steps:,}  {shown}  {left} left")
+            shown = [f"{k} {v:.4g}" for k, v in row.items() if k != "step" and "-" not in k]
+            say(f"step {step:,}/{steps:,}  {'  '.join(shown)}  {left} left")
             if affinities:
                 row |= by_gap("affinity", torch.stack(affinities).mean(0))
             if rank == 0:
@@ -417,7 +423,7 @@ def main(args):
             history.clear()
             affinities.clear()
         if saves:
-            state = {name: part.state_dict() for name, part in parts.items()}
+            state = {name: part.state_dict() for name, part in stateful.items()}
             state |= {"step": step, "args": vars(args), "meta": meta, "micro": micro}
             state |= {"format": CHECKPOINT_FORMAT, "torch": str(torch.__version__)}
             if rank == 0:
@@ -430,19 +436,21 @@ def main(args):
             pixels = shared.to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
             shared.save_grid(pixels, out / "samples" / f"{step:08d}.png", len(classes))
         if measures:
-            score = one_step_fid(ema, inception, reference, vae, meta, args.fid_num, rank, world)
-            say(f"step {step:,}/{steps:,}  " + "  ".join(f"{k} {v:.5g}" for k, v in score.items()))
+            samples = OneStepSamples(ema, vae, meta["scale"], args.fid_num)
+            ours = fid.measure(inception, samples, "FID", rank=rank, world=world)
             if rank == 0:
-                append_row(out, {"step": step} | score)
+                moments = [side[name] for side in (ours, reference) for name in ("mu", "sigma")]
+                distance = fid.frechet_distance(*moments)
+                say(f"step {step:,}/{steps:,}  FID {distance:.5g} of {args.fid_num:,} samples")
+                score = dict(inception_score=ours["score"], fid_samples=args.fid_num)
+                append_row(out, {"step": step, "fid": distance} | score)
         if ended:
             break
         if not history:
             clock = time.time()
 
-        for group in optimizer.param_groups:
-            group["lr"] = args.lr * min(1, (step + 1) / max(args.warmup, 1))
-        # loss, v_error and u_error; then by range of gaps the sums of u's errors and their counts
-        stats = torch.zeros(3 + 2 * len(GAPS), device=device)
+        # loss, v_error, u_error, norm of the gradient; by range of gaps, u's errors and counts
+        stats = torch.zeros(4 + 2 * len(GAPS), device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
@@ -450,7 +458,7 @@ def main(args):
             e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
             y = meanflow.drop_labels(y, net.null_label, args.label_drop, generator)  # (B,)
             mass = dtd.mass if args.accel == "dtd" else 1.0
-            t, r = schedules.sample_t_r(num_eq, num_neq, quantile, mass, gap_pairs, generator)
+            t, r = schedules.sample_t_r(num_eq, num_neq, quantile, mass, pairs, generator)  # (B,)
             weight = torch.ones_like(t)  # (B,)
             if args.accel in schedules.ALPHAS:
                 weight[:num_eq] = alpha(t[:num_eq]) / alpha_mean
@@ -472,11 +480,11 @@ def main(args):
             stats[:3] += torch.stack([loss.detach(), v_error, u_error]) / len(chunks)
             gaps = (t - r)[num_eq:]
             inside = ((edges[:-1, None] <= gaps) & (gaps < edges[1:, None])).float()  # (4, num_neq)
-            stats[3:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
+            stats[4:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
             if args.affinity_every and step % args.affinity_every == 0 and chunk == chunks[0]:
                 times = partial(schedules.sample_t_r, quantile=quantile, generator=generator)
                 with autocast:  # after the chunk's own noise, so that training is unchanged
-                    found = meanflow.affinity(bare, x, e, y, times, lattices, objective)
+                    found = meanflow.affinity(plain, x, e, y, times, lattices, objective)
                 if world > 1:
                     dist.all_reduce(found)
                 affinities.append(found / world)
@@ -484,10 +492,10 @@ def main(args):
         if world > 1:
             dist.all_reduce(stats)
             stats /= world
-        grad_norm = update()
+        stats[3] = update(step)
         if args.accel == "dtd":
             dtd.update(stats[1], step)
-        history.append(torch.cat([stats[:3], grad_norm[None], stats[3:]]))
+        history.append(stats)
 
     del batches  # and with it the workers
     shared.leave_ranks()
@@ -499,7 +507,7 @@ def main(args):
         say(f"done: {last}, {out / 'progress.png'}; draw more with sample.py")
 
 
-# ---------------------------------------------------------------------------- data order
+# ---------------------------------------------------------------------------- what main uses
 
 
 @lru_cache(maxsize=2)
@@ -518,25 +526,17 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
     """
     first = step * batch_size + chunk * micro
     epoch, offset = np.divmod(np.arange(first, first + micro), count)
-    parts = [shuffled(count, seed, e)[offset[epoch == e]] for e in np.unique(epoch).tolist()]
-    return np.concatenate(parts)
+    picks = [shuffled(count, seed, n)[offset[epoch == n]] for n in np.unique(epoch).tolist()]
+    return np.concatenate(picks)
 
 
-def own_group(_):
-    """Keeps a worker of the loader alive through Ctrl-C and a scheduler's SIGTERM, also where every
-    process of a job gets it: the step in progress needs its data."""
-    os.setpgrp()
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def on_signals(handler, _worker=None):
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+        signal.signal(getattr(signal, name), handler)
 
 
-def end_workers():
-    """At exit, since Python would send the workers SIGTERM and wait for ever after an error."""
-    for worker in multiprocessing.active_children():
-        worker.kill()
-
-
-def largest(signum):
-    """The largest of all ranks' numbers. Exchanged by CPUs, so no GPU is waited for."""
+def largest_of_ranks(signum):
+    """Exchanged by CPUs, so no GPU is waited for."""
     if not dist.is_initialized():
         return signum
     signum = torch.tensor(signum)
@@ -544,12 +544,8 @@ def largest(signum):
     return signum.item()
 
 
-# ---------------------------------------------------------------------------- files of a run
-
-
 def averages(rows, num_eq, num_neq):
-    """Means over the steps of an interval, from the rows of `history`: loss, v_error, u_error, the
-    norm of the gradient, and by range of gaps the sums of u's errors and their counts."""
+    """A row of metrics from the `stats` of the steps of an interval."""
     loss, v_error, u_error, grad_norm = rows[:, :4].mean(0).tolist()
     errors = {"v_error": v_error} if num_eq else {}
     errors |= {"u_error": u_error} if num_neq else {}
@@ -560,7 +556,7 @@ def averages(rows, num_eq, num_neq):
 def by_gap(name, values):
     """{"name_0.1-0.3": value, ...} of the ranges of gaps that had samples."""
     named = zip(GAPS, values.tolist(), strict=True)
-    return {f"{name}_{lo}-{hi}": value for (lo, hi), value in named if math.isfinite(value)}
+    return {f"{name}_{gap}": value for gap, value in named if math.isfinite(value)}
 
 
 def refuse_another_run(saved, args, meta, steps):
@@ -581,16 +577,13 @@ def append_row(out, row):
 
 
 def forget_after(out, step):
-    """Drop metrics and pictures after `step`, from which a run resumes."""
+    """Drop the metrics after `step`, from which a run resumes."""
     path, kept = out / "metrics.jsonl", []
     for row in path.read_text().splitlines() if path.exists() else []:
         if not row.endswith("}") or json.loads(row)["step"] > step:  # later, or cut by a kill
             break
         kept.append(row + "\n")
     shared.replace_file(path, lambda file: file.write("".join(kept).encode()))
-    for picture in (out / "samples").glob("*.png"):
-        if int(picture.stem) > step:
-            picture.unlink()
 
 
 def save_progress(samples, path, rows=10):
@@ -607,102 +600,107 @@ def save_progress(samples, path, rows=10):
     shared.replace_file(path, partial(picture.save, format="PNG"))
 
 
-@torch.no_grad()
-def one_step_fid(net, inception, reference, vae, meta, num, rank, world, batch_size=50):
-    """FID and Inception score of `num` one-step samples, balanced over classes, by all ranks."""
-    batches = shared.batches_of(num, batch_size)[rank::world]
-    statistics = fid.Statistics(inception, num)
-    progress = shared.Progress("FID", sum(map(len, batches)), silent=rank > 0)
-    for batch in batches:
-        labels = [i % max(net.num_classes, 1) for i in batch]
-        pixels = shared.to_pixels(draw(net, labels, batch), vae, meta["scale"])
-        statistics.add(torch.from_numpy(pixels).expand(-1, 3, -1, -1), batch)
-        progress(len(batch))
-    ours = statistics.result()
-    distance = 0.0
-    if rank == 0:
-        distance = fid.frechet_distance(*(s[k] for s in (ours, reference) for k in ("mu", "sigma")))
-    return {"fid": distance, "inception_score": ours["score"], "fid_samples": num}
+class OneStepSamples:
+    """Pictures as fid.py's: samples[indices] draws those, (B, 3, H, W) uint8, balanced in class."""
+
+    def __init__(self, net, vae, scale, num):
+        self.net, self.vae, self.scale, self.rows, self.files = net, vae, scale, range(num), []
+
+    def __getitem__(self, indices):
+        labels = [i % max(self.net.num_classes, 1) for i in indices]
+        pixels = shared.to_pixels(draw(self.net, labels, indices), self.vae, self.scale)
+        return torch.from_numpy(pixels).expand(-1, 3, -1, -1)
 
 
 # ---------------------------------------------------------------------------- --bench
 
 
-def bench(args, model, objective, update, autocast, t, r, num_neq, shape, loader, say):
+def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, batches, say):
     """Print what a step costs on this machine: loss and gradients of a micro-batch, Adam, EMA.
 
-    The kinds of step are timed in turn, so that background load affects all of them; the median of
-    the rounds counts. On a CPU it is process time on one thread, which load affects least.
+    All that is timed is timed in turn, so that background load affects all of it; the median of the
+    rounds counts. On a CPU it is process time on one thread, which load affects least.
     """
     if dist.is_initialized():
         shared.fail("--bench measures one device: start it without torchrun")
-    device, micro, cuda = t.device, len(t), t.device.type == "cuda"
+    net, device = model.net, next(model.parameters()).device
+    cuda, (t, r) = device.type == "cuda", (time.to(device) for time in times)
     if not cuda:
         torch.set_num_threads(1)
-    x, e = torch.randn(2, micro, *shape, device=device)
-    y = torch.arange(micro, device=device) % max(model.net.num_classes, 1)
+    x, e = torch.randn(2, len(t), *meta["shape"], device=device)
+    y = torch.arange(len(t), device=device) % max(net.num_classes, 1)
     losses = {"flow matching": partial(meanflow.loss, model, x, e, t, t, y, 0)}
-    goals = {"MeanFlow": dataclasses.replace(objective, omega=1.0, kappa=0.0)}
+    goals = {"MeanFlow": replace(objective, omega=1.0, kappa=0.0)}
     goals |= {"guided MeanFlow": objective} if objective.guided else {}
     for name, goal in goals.items():
-        batch = x, e, r, t, y
-        losses[name] = partial(meanflow.loss, model, *batch, num_neq, objective=goal)
+        losses[name] = partial(meanflow.loss, model, x, e, r, t, y, num_neq, objective=goal)
         if not args.activation_checkpointing:  # torch cannot, under a JVP with a graph
-            textbook = partial(meanflow.textbook_loss, model.net, *batch, objective=goal)
+            textbook = partial(meanflow.textbook_loss, net, x, e, r, t, y, objective=goal)
             losses[f"{name}, textbook"] = textbook
 
     def step(loss_of):
         with autocast:
             loss, _ = loss_of()
         loss.backward()
-        update()
+        update(0)
 
     def clock():
         if cuda:
             torch.cuda.synchronize()
         return time.perf_counter() if cuda else time.process_time()
 
-    # What each step does, and the memory it takes. The counter sees neither a compiled graph nor
-    # every backend's attention.
-    steps, flops, memory = {k: partial(step, f) for k, f in losses.items()}, {}, {}
+    # What each step does, the memory it takes, and how long the GPU computes. The counter of FLOPs
+    # sees neither a compiled graph nor every backend's attention.
+    steps, flops, memory, busy = {k: partial(step, f) for k, f in losses.items()}, {}, {}, {}
     for name, run in steps.items():
         for _ in range(1 + args.compile):  # the first compiles
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             run()
-        memory[name] = f"{torch.cuda.max_memory_allocated() / 1e9:.3g}" if cuda else "-"
+        memory[name] = torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
+        with profile(activities=[getattr(ProfilerActivity, device.type.upper())]) as profiler:
+            run()
+        kernels = [k for k in profiler.key_averages() if k.device_type == DeviceType.CUDA]
+        busy[name] = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
         flops[name], set_stance = FlopCounterMode(display=False), torch.compiler.set_stance
         with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), flops[name]:
             run()
 
-    # How long they take, and a large matrix product beside them, for what the machine can do.
+    # How long they take; beside them sampling, and a large product for what the machine can do.
     n, rounds, repeat = (8192, 10, 10) if cuda else (2048, 7, 1)
     product = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
     timed = steps | {"product": partial(torch.mm, *product)}
-    times, progress = {name: [] for name in timed}, shared.Progress("bench", rounds, of="rounds")
+    timed["sampling"] = autocast(partial(meanflow.sample, net, e, y))
+    if meta["vae"]:  # the speed of a VAE does not depend on its weights
+        few = e[: len(e) if cuda else 1]
+        timed["decoding"] = partial(shared.to_pixels, few, vae or shared.VAE().to(device))
+    taken, progress = {name: [] for name in timed}, shared.Progress("bench", rounds, of="rounds")
     for _ in range(rounds):
         for name, run in timed.items():
-            times[name].append(timeit.timeit(run, timer=clock, number=repeat) / repeat)
+            taken[name].append(timeit.timeit(run, timer=clock, number=repeat) / repeat)
         progress(1)
-    peak = 2 * n**3 / np.median(times.pop("product"))
-    how = "" if cuda else ", process time of one thread"
-    how += ", compiled but for the textbook's JVP" * args.compile
-    how += ", with activation checkpointing" * args.activation_checkpointing
+    median = {name: np.median(values) for name, values in taken.items()}
+    peak = 2 * n**3 / median["product"]
     say(
-        f"{micro} pictures a step, {args.dtype}{how}, median of {rounds} rounds; "
-        f"MFU is of the {peak / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
+        f"{len(t)} pictures a step, {args.dtype}{', process time of one thread' * (not cuda)}"
+        f"{', compiled' * args.compile}{', checkpointed' * args.activation_checkpointing}; MFU is "
+        f"of the {peak / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
         f"{'':26}{'ratio':>7}{'TFLOP':>10}{'MFU':>6}{'pictures/s':>12}{'peak GB':>9}"
+        f"{'GPU busy':>10}"
     )
-    for name, taken in times.items():
-        ratio = np.median(np.divide(taken, times["flow matching"]))
-        taken, done = np.median(taken), flops[name].get_total_flops()
+    for name in steps:
+        ratio = np.median(np.divide(taken[name], taken["flow matching"]))
+        done = flops[name].get_total_flops()
         say(
-            f"{name:26}{ratio:7.3f}{done / 1e12:10.3g}{done / taken / peak:6.0%}"
-            f"{micro / taken:12.4g}{memory[name]:>9}"
+            f"{name:26}{ratio:7.3f}{done / 1e12:10.3g}{done / median[name] / peak:6.0%}"
+            f"{len(t) / median[name]:12.4g}{memory[name]:9.3g}{busy[name] / median[name]:10.0%}"
         )
-    if loader is not None:
+    say(f"sampling in one step: {len(t) / median['sampling']:.4g} pictures/s")
+    if meta["vae"]:
+        say(f"decoding: {len(few) / median['decoding']:.4g} pictures/s")
+    if batches is not None:
         read, begin = 0, None
-        for images, _ in loader:
+        for images, _ in batches:
             now = time.perf_counter()
             begin, read = (begin, read + len(images)) if begin else (now, 0)  # workers are up
             if now > begin + 5:
