@@ -274,7 +274,7 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
     count, workers = len(pictures.rows), workers if pictures.files else 0
     mine, pin = shared.batches_of(count, batch_size)[rank::world], torch.cuda.is_available()
     data = DataLoader(pictures, batch_size=None, sampler=mine, num_workers=workers, pin_memory=pin)
-    progress = shared.Progress(f"{what}, rank 0 of {world}", sum(map(len, mine)), silent=rank > 0)
+    progress = shared.Progress(what, sum(map(len, mine)))
     statistics = Statistics(net, count)
     for indices, images in zip(mine, data, strict=True):
         if isinstance(images, str):

@@ -14,11 +14,10 @@ dataset is a directory with
     meta.json    format, count N, shape (C, H, W) of the network's x, dtype, scale and shift,
                  classes (names; empty: unconditional), source, files (fingerprint of their names),
                  vae (fingerprint of its encoder, or null), mirrored (whether the second half of the
-                 rows mirrors the first)
+                 rows mirrors the first); written last: without it, the dataset is unfinished
     preview.png  a look at the first pictures of up to ten classes
 
-where x = scale * stored + shift, or for latents x = scale * (mean + std * noise). meta.json comes
-last: a directory without it holds an unfinished dataset.
+where x = scale * stored + shift, or for latents x = scale * (mean + std * noise).
 """
 
 import argparse
@@ -28,6 +27,7 @@ import math
 import os
 import sys
 import time
+from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from functools import lru_cache, partial
@@ -40,23 +40,30 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
+from torch.utils.data import DataLoader
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
+DRAFT = "unfinished.json"  # becomes meta.json when every row is written
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
+# Of the layers of attention, in older files with diffusers' names.
+OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+digit_font = lru_cache(ImageFont.load_default)  # of a size: the outline font that Pillow carries
 
 
 # ---------------------------------------------------------------------------- the dataset format
 
 
 def stored_shape(meta):
-    """Shape of a row of images.npy: a latent's mean and standard deviation, or pixels."""
+    """Shape of images.npy, whose rows are pixels or a latent's mean and standard deviation."""
     channels, *size = meta["shape"]
-    return (2 * channels if meta.get("vae") else channels, *size)
+    return (meta["count"], 2 * channels if meta.get("vae") else channels, *size)
 
 
-class Dataset(torch.utils.data.Dataset):
+class Dataset:
     """Reads a dataset directory; a list of indices gives one batch.
 
     dataset.__getitems__(indices) -> images (B, ...) as stored, labels (B,) int64, both tensors.
@@ -65,20 +72,18 @@ class Dataset(torch.utils.data.Dataset):
 
     def __init__(self, path):
         self.path = path = Path(path)
-        if (path / DatasetWriter.DRAFT).exists() and not (path / "meta.json").exists():
+        if (path / DRAFT).exists():
             fail(f"{path} is unfinished; run prepare_latents.py again, it resumes")
         try:
             self.meta = meta = json.loads((path / "meta.json").read_text())
             self.images = np.load(path / "images.npy", mmap_mode="r")
             self.labels = np.load(path / "labels.npy")
-            expected = (meta["count"], *stored_shape(meta)), meta["dtype"], FORMAT
-            largest = max(len(meta["classes"]), 1) - 1
+            found = meta["format"], self.images.shape, self.images.dtype, len(self.labels)
+            expected = FORMAT, stored_shape(meta), meta["dtype"], meta["count"]
+            if found != expected or self.labels.max() >= max(len(meta["classes"]), 1):
+                raise ValueError("meta.json does not describe the arrays beside it")
         except (OSError, ValueError, LookupError, TypeError, EOFError) as error:
             fail(f"{path} holds no whole dataset ({error}); make it with prepare_latents.py")
-        found = self.images.shape, self.images.dtype, meta["format"]
-        labels = len(self.labels), self.labels.max()
-        if found != expected or labels[0] != meta["count"] or labels[1] > largest:
-            fail(f"{path}: meta.json does not describe the arrays beside it; prepare it again")
         self.rows = np.flatnonzero(self.labels >= 0)
 
     def __len__(self):
@@ -114,12 +119,10 @@ class DatasetWriter:
     Rank 0 must be the first to construct it: it makes the files.
     """
 
-    DRAFT = "unfinished.json"  # becomes meta.json
-
     def __init__(self, out, meta):
         self.out, self.meta = Path(out), meta
         self.complete = (self.out / "meta.json").exists()
-        record = self.out / ("meta.json" if self.complete else self.DRAFT)
+        record = self.out / ("meta.json" if self.complete else DRAFT)
         if record.exists():
             was = json.loads(record.read_text())
             if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
@@ -128,20 +131,16 @@ class DatasetWriter:
         elif (self.out / "images.npy").exists():
             fail(f"--out {out} holds an images.npy without its meta.json; name another")
         else:
-            self.out.mkdir(parents=True, exist_ok=True)
-            shape = (meta["count"], *stored_shape(meta))
-            np.lib.format.open_memmap(self.out / "images.npy", "w+", meta["dtype"], shape)
+            dtype, shape = meta["dtype"], stored_shape(meta)
+            np.lib.format.open_memmap(self.out / "images.npy", "w+", dtype, shape)
             np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
-            self.write_meta(self.DRAFT)
+            text = json.dumps(meta, indent=1) + "\n"
+            replace_file(record, lambda file: file.write(text.encode()))
         self.images = np.load(self.out / "images.npy", mmap_mode="r")
         self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
 
-    def write_meta(self, name):
-        text = json.dumps(self.meta, indent=1) + "\n"
-        replace_file(self.out / name, lambda file: file.write(text.encode()))
-
     def write(self, first, images, labels):
-        """Rows first, first + 1, ... of this process: images as stored, labels or UNREADABLE.
+        """Rows first, first + 1, ... of this process: images as stored, and labels.
 
         Written, not mapped: processes on other machines may write to the same page of the file.
         """
@@ -152,25 +151,24 @@ class DatasetWriter:
                 file.flush()
                 os.fsync(file.fileno())
 
-    def finish(self, show):
-        """Rank 0, after all ranks have written. show: rows as stored to (n, C, H, W) uint8."""
+    def finish(self, vae=None):
+        """Rank 0, after all ranks have written. The VAE decodes the preview of latents."""
         labels = np.load(self.out / "labels.npy")
         if (labels == EMPTY).any():
             fail(f"{self.out} has rows that were not written; run the command again")
-        if not (labels >= 0).any():
-            fail(f"{self.meta['source']} holds no readable picture")
-        firsts = [np.flatnonzero(labels == k)[:5] for k in np.unique(labels[labels >= 0])[:10]]
-        each = 1 if self.meta.get("vae") else 5  # to decode a latent takes a while on a CPU
-        rows = np.stack([np.resize(first, each) for first in firsts], axis=1)
-        save_grid(show(self.images[rows.ravel()]), self.out / "preview.png", columns=len(firsts))
-        self.write_meta("meta.json")
-        (self.out / self.DRAFT).unlink()
-        shape, classes = tuple(self.meta["shape"]), len(self.meta["classes"])
-        whole = int((labels >= 0).sum())
-        skipped = f"; {len(labels) - whole} could not be read" * (whole < len(labels))
-        print(
-            f"{self.out}: {whole:,} pictures {shape} of {classes} classes, see preview.png{skipped}"
-        )
+        found, shape = labels[labels >= 0], tuple(self.meta["shape"])
+        if not self.complete:
+            kinds = np.unique(found)[:10]
+            each = 1 if vae else 5  # to decode a latent takes a while on a CPU
+            rows = np.stack([np.resize(np.flatnonzero(labels == k), each) for k in kinds], axis=1)
+            pixels = self.images[rows.ravel()]
+            if vae:
+                mean = torch.from_numpy(pixels).float().chunk(2, dim=1)[0]
+                pixels = to_pixels(mean.to(vae.quant_conv.weight.device), vae)
+            save_grid(pixels, self.out / "preview.png", columns=len(kinds))
+            os.replace(self.out / DRAFT, self.out / "meta.json")
+        count = f"{len(found):,} of {len(labels):,} pictures {shape}"
+        print(f"{self.out}: {count} of {len(self.meta['classes'])} classes, see preview.png")
 
 
 # ---------------------------------------------------------------------------- a folder of images
@@ -179,28 +177,18 @@ class DatasetWriter:
 def read_image(path, size=None):
     """(3, H, W) uint8 of a picture file as a viewer shows it; cut to size x size where given.
 
-    differs: ADM's code ignores the EXIF data that tell how the camera was held.
-    ValueError, which names the file, where Pillow cannot read it.
+    ValueError where it cannot be read. differs: ADM's code ignores the orientation in EXIF data.
     """
     try:
         with Image.open(path) as image:
-            image = to_rgb(ImageOps.exif_transpose(image))
-            image = image if size is None else center_crop(image, size)
+            image = ImageOps.exif_transpose(image)
+            if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            image = image.convert("RGB")  # drops transparency
+            image = center_crop(image, size) if size else image
     except Exception as error:  # Pillow raises many kinds for a damaged file
-        raise ValueError(f"{path} cannot be read ({type(error).__name__}: {error})") from None
+        raise ValueError(f"{path} cannot be read ({error!r})") from None
     return np.array(image).transpose(2, 0, 1)
-
-
-def to_rgb(image):
-    """Any picture as 8-bit RGB; transparency is dropped."""
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range")
-    if image.mode.startswith("I"):  # integers, which convert would clip to 255
-        values = np.asarray(image)
-        if image.mode != "I" or values.max() > 255:  # of mode I, only the values tell the depth
-            values = values >> 8
-        image = Image.fromarray(values.astype(np.uint8))
-    return image.convert("RGB")
 
 
 def center_crop(image, size):
@@ -208,160 +196,75 @@ def center_crop(image, size):
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
+    resized = tuple(round(side * scale) for side in image.size)
+    image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
 def image_files(folder):
-    """The pictures in a folder and all its sub-folders, sorted."""
-    paths = Path(folder).rglob("*")
-    return sorted(p for p in paths if p.suffix.lower() in IMAGE_SUFFIXES and p.name[0] != ".")
+    """The pictures in a folder and all its sub-folders, sorted; hidden ones are left out."""
+    walk = os.walk(folder, followlinks=True)
+    paths = sorted(Path(top, name) for top, _, names in walk for name in names)
+    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
+    return [path for path in paths if "/." not in f"/{path.relative_to(folder)}"]
 
 
-class ImageFolder(torch.utils.data.Dataset):
+class ImageFolder:
     """root/class/**/picture, classes by alphabet; or root/picture, without classes (label 0).
 
-    Item i is (pixels (3, size, size) uint8, label, None) or, for a file that cannot be read,
-    (zeros, UNREADABLE, one line that names it).
+    folder[indices] is a batch: pixels (B, 3, size, size) uint8, labels (B,), and a line for each
+    file that cannot be read, whose label is UNREADABLE.
     """
 
     def __init__(self, root, size):
-        self.root, self.size, self.classes, self.files = Path(root), size, [], []
-        entries = sorted(path for path in self.root.iterdir() if path.name[0] != ".")
-        for folder in filter(Path.is_dir, entries):
-            if paths := image_files(folder):
-                self.files += [(path, len(self.classes)) for path in paths]
-                self.classes.append(folder.name)
-        flat = [path for path in entries if path.suffix.lower() in IMAGE_SUFFIXES]
-        if flat and self.files:
-            fail(f"{root} holds pictures, {flat[0].name} among them, beside folders of classes")
-        self.files += [(path, 0) for path in flat]
-        if not self.files:
+        paths = image_files(root)
+        names = [path.relative_to(root).parts for path in paths]  # class, ..., picture
+        flat = [name[0] for name in names if len(name) == 1]
+        if not paths:
             fail(f"{root} holds no pictures, neither itself nor in folders of classes")
+        if 0 < len(flat) < len(paths):
+            fail(f"{root} holds pictures, {flat[0]} among them, beside folders of classes")
+        self.size, self.classes = size, [] if flat else sorted({name[0] for name in names})
+        numbers = {name: number for number, name in enumerate(self.classes)}
+        labels = [numbers.get(name[0], 0) for name in names]
+        self.files = list(zip(paths, labels, strict=True))
+        text = "\n".join("/".join(name) for name in names)
+        self.fingerprint = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        path, label = self.files[index]
-        try:
-            return read_image(path, self.size), label, None
-        except ValueError as error:
-            return np.zeros((3, self.size, self.size), np.uint8), UNREADABLE, str(error)
-
-    def fingerprint(self):
-        names = "\n".join(str(path.relative_to(self.root)) for path, _ in self.files)
-        return hashlib.sha256(os.fsencode(names)).hexdigest()[:16]
+    def __getitem__(self, indices):
+        pixels = np.zeros((len(indices), 3, self.size, self.size), np.uint8)
+        labels, faults = np.full(len(indices), UNREADABLE), []
+        for row, index in enumerate(indices):
+            path, label = self.files[index]
+            try:
+                pixels[row], labels[row] = read_image(path, self.size), label
+            except ValueError as error:
+                faults.append(str(error))
+        return pixels, labels, faults
 
 
-def collate(items):
-    pixels, labels, faults = zip(*items, strict=True)
-    faults = [fault for fault in faults if fault]
-    return torch.from_numpy(np.stack(pixels)), np.array(labels), faults
-
-
-def write_folder(args):
-    """A folder of images as pixels or, with a VAE, as latents; mirrored ones only by --flip.
-
-    Work is split into batches of given pictures, so the arrays do not depend on the number of ranks
-    or on interruptions. differs: latents are float16 by default; the authors' code has float32.
-    """
-    rank, world, device = join_ranks()
-    folder = ImageFolder(args.source, args.size)
-    count = len(folder)
-    meta = dict(
-        format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
-        dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
-        vae=None, files=folder.fingerprint(), source=str(args.source),
-    )  # fmt: skip
-    if args.vae:
-        vae = load_vae(args.vae).to(device)
-        side, rest = divmod(args.size, vae.factor)
-        if rest:
-            fail(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
-        meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, scale=LATENT_SCALE, shift=0)
-        meta |= dict(vae=vae.fingerprint())
-
-    @torch.no_grad()
-    def encode(pixels):
-        if not args.vae:
-            return pixels.numpy()
-        pixels = pixels.to(device, non_blocking=True)
-        mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
-        latents = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(args.dtype)
-        if not np.isfinite(latents).all():
-            fail(f"--vae {args.vae} gives latents that {args.dtype} cannot hold")
-        return latents
-
-    def show(rows):
-        if not args.vae:
-            return rows
-        mean = torch.from_numpy(rows).float().chunk(2, dim=1)[0]
-        return to_pixels(mean.to(device), vae)
-
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        lock(args.out)
-        DatasetWriter(args.out, meta)  # makes the files
-    wait_for_all()
-    writer = DatasetWriter(args.out, meta)
-    say = print if rank == 0 else lambda _: None
-    if writer.complete:
-        say(f"{args.out} is complete already")
-        leave_ranks()
-        return
-    batches = batches_of(count, args.batch_size)
-    todo = [batch for batch in batches if (writer.labels[batch] < 0).any()]
-    if done := count - sum(map(len, todo)):
-        say(f"{args.out}: {done:,} of {count:,} pictures are done already")
-    wait_for_all()  # no rank writes before all have listed the same work
-    todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
-    loader = torch.utils.data.DataLoader(
-        folder, batch_sampler=todo, num_workers=args.workers, collate_fn=collate,
-        pin_memory=device.type == "cuda",
-    )  # fmt: skip
-    what = f"{args.out}, rank 0 of {world}" if world > 1 else args.out
-    progress, background = Progress(what, sum(map(len, todo)), silent=rank > 0), Background()
-    for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
-        for fault in faults:
-            if not args.skip_unreadable:
-                fail(f"{fault}; replace it or pass --skip-unreadable")
-            print(f"\nskipped: {fault}", file=sys.stderr)
-        if args.flip:  # first: a label in the first half implies that both rows are written
-            background(writer.write, count + batch[0], encode(pixels.flip(-1)), labels)
-        background(writer.write, batch[0], encode(pixels), labels)
-        progress(len(batch))
-    background.wait()
-    wait_for_all()
-    if rank == 0:
-        writer.finish(show)
-    leave_ranks()
+@torch.no_grad()
+def posterior(vae, pixels, dtype):
+    """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
+    pixels = pixels.to(vae.quant_conv.weight.device, non_blocking=True)
+    mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
+    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
+    if not np.isfinite(rows).all():
+        fail(f"--vae gives latents that {dtype} cannot hold; pass --dtype float32")
+    return rows
 
 
 # ---------------------------------------------------------------------------- built-in pictures
 
 
-@lru_cache
-def digit_font(size):
-    """The outline font that Pillow carries; OSError where Pillow was built without FreeType."""
-    return ImageFont.load_default(size)
-
-
 def draw_digit(digit, size, rng):
     """One grey picture of a digit, at random size, place, angle, shear and stroke: (size, size)."""
     large = 4 * size  # drawn large and averaged down: smooth at any angle
-    canvas = Image.new("L", (large, large))
-    ImageDraw.Draw(canvas).text(
-        (large / 2, large / 2),
-        str(digit),
-        fill=255,
-        font=digit_font(0.8 * large),
-        anchor="mm",
-        stroke_width=int(rng.integers(0, large // 64 + 1)),
-    )
+    canvas, middle = Image.new("L", (large, large)), (large / 2, large / 2)
+    stroke = int(rng.integers(0, large // 64 + 1))
+    style = dict(font=digit_font(0.8 * large), anchor="mm", stroke_width=stroke)
+    ImageDraw.Draw(canvas).text(middle, str(digit), fill=255, **style)
     angle, shear = rng.uniform(-0.25, 0.25), rng.uniform(-0.3, 0.3)
     zoom, shift = rng.uniform(0.75, 1.1, 2), rng.uniform(-0.06, 0.06, 2) * large
     cos, sin = math.cos(angle), math.sin(angle)
@@ -375,26 +278,18 @@ def draw_digit(digit, size, rng):
 
 def write_glyphs(out, count=20_000, size=16, seed=0):
     """The built-in dataset: digits 0 to 9 in turn, (1, size, size), the same for the same seed."""
-    out = Path(out)
     meta = dict(
         format=FORMAT, count=count, shape=[1, size, size], dtype="uint8", scale=1 / 127.5,
         shift=-1.0, classes=[str(digit) for digit in range(10)], source=f"glyphs, seed {seed}",
         files=f"seed {seed}", vae=None, mirrored=False,
     )  # fmt: skip
-    out.mkdir(parents=True, exist_ok=True)
-    lock(out, wait=True)  # several runs may start at once where it is missing
+    held = lock(out, wait=True)  # several runs may start at once where it is missing
     writer = DatasetWriter(out, meta)
-    if writer.complete:
-        print(f"{out} is complete already")
-    else:
-        rng, progress = np.random.default_rng(seed), Progress(out, count)
-        for batch in batches_of(count, 1000):
-            labels = np.array(batch) % 10
-            pictures = np.stack([draw_digit(k, size, rng)[None] for k in labels])
-            writer.write(batch[0], pictures, labels)
-            progress(len(batch))
-        writer.finish(show=lambda rows: rows)
-    LOCKS.pop().close()
+    if not writer.complete:
+        labels, rng = np.arange(count) % 10, np.random.default_rng(seed)
+        writer.write(0, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
+    writer.finish()
+    os.close(held)
 
 
 # ---------------------------------------------------------------------------- the VAE
@@ -406,6 +301,11 @@ def norm(width):
 
 def conv(inputs, outputs, kernel=3):
     return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+
+def chain(**parts):
+    """Layers applied in turn; their names are those of the weights in diffusers' files."""
+    return nn.Sequential(OrderedDict(parts))
 
 
 class ResnetBlock(nn.Module):
@@ -430,93 +330,47 @@ class PixelAttention(nn.Module):
         super().__init__()
         self.group_norm = norm(width)
         self.to_q, self.to_k, self.to_v = (nn.Linear(width, width) for _ in range(3))
-        self.to_out = nn.ModuleList([nn.Linear(width, width)])
+        self.to_out = nn.Sequential(nn.Linear(width, width))
 
     def forward(self, x):
-        h = rearrange(self.group_norm(x), "b c h w -> b (h w) c")
+        # With a dimension for the head, since the fused kernels for GPUs take 4-D tensors only.
+        h = rearrange(self.group_norm(x), "b c h w -> b 1 (h w) c")
         h = F.scaled_dot_product_attention(self.to_q(h), self.to_k(h), self.to_v(h))
-        return x + rearrange(self.to_out[0](h), "b (h w) c -> b c h w", h=x.shape[2])
-
-
-class Resample(nn.Module):
-    """To half or twice the size: (B, C, H, W) -> (B, C, H / 2, W / 2) or (B, C, 2 H, 2 W)."""
-
-    def __init__(self, width, down):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2) if down else conv(width, width)
-        self.down = down
-
-    def forward(self, x):
-        if self.down:
-            return self.conv(F.pad(x, (0, 1, 0, 1)))  # padded only at the right and at the bottom
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The blocks of one resolution, and the step to the next: `downsamplers`, `upsamplers`."""
-
-    def __init__(self, inputs, outputs, blocks, resample=None):
-        super().__init__()
-        self.resnets = nn.ModuleList(
-            ResnetBlock(outputs if i else inputs, outputs) for i in range(blocks)
-        )
-        if resample:
-            down = resample == "downsamplers"
-            self.add_module(resample, nn.ModuleList([Resample(outputs, down)]))
-
-    def forward(self, x):
-        for part in self.children():
-            for layer in part:
-                x = layer(x)
-        return x
+        return x + rearrange(self.to_out(h), "b 1 (h w) c -> b c h w", h=x.shape[2])
 
 
 class Middle(nn.Module):
+    """A resnet block, attention, a resnet block: (B, C, H, W) -> (B, C, H, W)."""
+
     def __init__(self, width):
         super().__init__()
-        self.attentions = nn.ModuleList([PixelAttention(width)])
-        self.resnets = nn.ModuleList([ResnetBlock(width, width) for _ in range(2)])
+        self.attentions = nn.Sequential(PixelAttention(width))
+        self.resnets = nn.Sequential(ResnetBlock(width, width), ResnetBlock(width, width))
 
     def forward(self, x):
-        return self.resnets[1](self.attentions[0](self.resnets[0](x)))
+        return self.resnets[1](self.attentions(self.resnets[0](x)))
 
 
-def levels(widths, blocks, resample):
-    inputs, last = [widths[0], *widths], len(widths) - 1
-    return nn.ModuleList(
-        Level(inputs[i], width, blocks, resample if i < last else None)
-        for i, width in enumerate(widths)
-    )
+def downsample(width):
+    """(B, C, H, W) -> (B, C, H / 2, W / 2), padded only at the right and at the bottom."""
+    return chain(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(width, width, 3, stride=2))
 
 
-class Encoder(nn.Module):
-    def __init__(self, widths, latent):
-        super().__init__()
-        self.conv_in = conv(3, widths[0])
-        self.down_blocks = levels(widths, 2, "downsamplers")
-        self.mid_block = Middle(widths[-1])
-        self.conv_norm_out, self.conv_out = norm(widths[-1]), conv(widths[-1], 2 * latent)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for block in self.down_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(self.mid_block(x))))
+def upsample(width):
+    """(B, C, H, W) -> (B, C, 2 H, 2 W)."""
+    return chain(enlarge=nn.Upsample(scale_factor=2), conv=conv(width, width))
 
 
-class Decoder(nn.Module):
-    def __init__(self, widths, latent):
-        super().__init__()
-        self.conv_in = conv(latent, widths[-1])
-        self.mid_block = Middle(widths[-1])
-        self.up_blocks = levels(widths[::-1], 3, "upsamplers")
-        self.conv_norm_out, self.conv_out = norm(widths[0]), conv(widths[0], 3)
-
-    def forward(self, z):
-        x = self.mid_block(self.conv_in(z))
-        for block in self.up_blocks:
-            x = block(x)
-        return self.conv_out(F.silu(self.conv_norm_out(x)))
+def levels(widths, blocks, name, resample):
+    """For each width `blocks` resnet blocks; between two widths a layer that changes the size."""
+    inputs, result = [widths[0], *widths], nn.Sequential()
+    for i, width in enumerate(widths):
+        resnets = [ResnetBlock(width if j else inputs[i], width) for j in range(blocks)]
+        level = chain(resnets=nn.Sequential(*resnets))
+        if i < len(widths) - 1:
+            level.add_module(name, nn.Sequential(resample(width)))
+        result.append(level)
+    return result
 
 
 class VAE(nn.Module):
@@ -528,7 +382,23 @@ class VAE(nn.Module):
 
     def __init__(self, widths=(128, 256, 512, 512), latent=4):
         super().__init__()
-        self.encoder, self.decoder = Encoder(list(widths), latent), Decoder(list(widths), latent)
+        first, last = widths[0], widths[-1]
+        self.encoder = chain(
+            conv_in=conv(3, first),
+            down_blocks=levels(widths, 2, "downsamplers", downsample),
+            mid_block=Middle(last),
+            conv_norm_out=norm(last),
+            silu=nn.SiLU(),
+            conv_out=conv(last, 2 * latent),
+        )
+        self.decoder = chain(
+            conv_in=conv(latent, last),
+            mid_block=Middle(last),
+            up_blocks=levels(widths[::-1], 3, "upsamplers", upsample),
+            conv_norm_out=norm(first),
+            silu=nn.SiLU(),
+            conv_out=conv(first, 3),
+        )
         self.quant_conv = conv(2 * latent, 2 * latent, 1)
         self.post_quant_conv = conv(latent, latent, 1)
         self.latent, self.factor = latent, 2 ** (len(widths) - 1)
@@ -544,9 +414,6 @@ class VAE(nn.Module):
         """Of what makes latents: the published fine-tuned VAEs differ in their decoders alone."""
         state = self.state_dict()
         return fingerprint({k: v for k, v in state.items() if k.startswith(("enc", "quant"))})
-
-
-OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
 
 def load_vae(path):
@@ -570,12 +437,8 @@ def load_vae(path):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="prepare_latents.py",
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("source", help="'glyphs', or a folder of images, with a sub-folder for each class if any")
     add("--out", required=True, type=Path, help="directory of the dataset to write")
@@ -584,10 +447,7 @@ def parse_args(argv=None):
     add("--flip", action="store_true", help="folder: store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
     add("--batch-size", type=int, default=32, help="folder: images at once on a rank")
-    workers = default_workers()
-    add(
-        "--workers", type=int, default=workers, help="folder: processes per rank that decode images"
-    )
+    add("--workers", type=int, default=default_workers(), help="folder: processes that read files")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
     add("--seed", type=int, default=0, help="glyphs: another seed draws other pictures")
@@ -595,23 +455,67 @@ def parse_args(argv=None):
     glyphs = args.source == "glyphs"
     args.size = args.size or (16 if glyphs else 256 if args.vae else 32)
     if min(args.size, args.count, args.batch_size) < 1 or min(args.workers, args.seed) < 0:
-        parser.error(
-            "--size, --count, --batch-size must be positive, --workers, --seed not negative"
-        )
+        parser.error("--size, --count and --batch-size start at 1, --workers and --seed at 0")
     if not glyphs and not Path(args.source).is_dir():
         parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of images")
-    if Path(args.source, "meta.json").exists():
-        parser.error(f"{args.source} is a dataset already; give a folder of images")
-    if glyphs and (args.vae or args.flip):
-        parser.error("--vae and --flip are for a folder of images, not for glyphs")
     return args
 
 
 def main(args):
+    """The digits, or a folder of images as pixels or latents; mirrored ones only by --flip.
+
+    Work is split into batches of given pictures, so the arrays do not depend on the number of ranks
+    or on interruptions. differs: latents are float16 by default; the authors' code has float32.
+    """
     if args.source == "glyphs":
         write_glyphs(args.out, args.count, args.size, args.seed)
-    else:
-        write_folder(args)
+        return
+    rank, world, device = join_ranks()
+    folder = ImageFolder(args.source, args.size)
+    count = len(folder.files)
+    meta = dict(
+        format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
+        dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
+        vae=None, files=folder.fingerprint, source=str(args.source),
+    )  # fmt: skip
+    vae, stored = None, np.asarray
+    if args.vae:
+        vae = load_vae(args.vae).to(device)
+        stored = partial(posterior, vae, dtype=args.dtype)
+        side, rest = divmod(args.size, vae.factor)
+        if rest:
+            fail(f"--size {args.size} is no multiple of {vae.factor}, as --vae needs")
+        meta |= dict(shape=[vae.latent, side, side], dtype=args.dtype, vae=vae.fingerprint())
+        meta |= dict(scale=LATENT_SCALE, shift=0)
+
+    if rank == 0:
+        lock(args.out)
+        DatasetWriter(args.out, meta)  # makes the files
+    wait_for_all()
+    writer = DatasetWriter(args.out, meta)
+    batches = [] if writer.complete else batches_of(count, args.batch_size)
+    todo = [batch for batch in batches if (writer.labels[batch] < 0).any()]
+    if rank == 0 and (done := count - sum(map(len, todo))):
+        print(f"{args.out}: {done:,} of {count:,} pictures are done already")
+    wait_for_all()  # no rank writes before all have listed the same work
+    todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
+    options = dict(num_workers=args.workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(folder, batch_size=None, sampler=todo, **options)
+    progress, background = Progress(args.out, sum(map(len, todo))), Background()
+    for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
+        for fault in faults:
+            if not args.skip_unreadable:
+                fail(f"{fault}; replace it or pass --skip-unreadable")
+            print(f"skipped: {fault}", file=sys.stderr)
+        if args.flip:  # first: a label in the first half implies that both rows are written
+            background(writer.write, count + batch[0], stored(pixels.flip(-1)), labels)
+        background(writer.write, batch[0], stored(pixels), labels)
+        progress(len(batch))
+    background.wait()
+    wait_for_all()
+    if rank == 0:
+        writer.finish(vae)
+    leave_ranks()
 
 
 # ---------------------------------------------------------------------------- shared by the scripts
@@ -622,11 +526,8 @@ def fail(message):
     sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
-def join_ranks(backend="gloo", timeout=timedelta(days=1)):
-    """(rank, world, device) of this process: alone, or one of torchrun's, each with its own GPU.
-
-    The timeout is long: ranks that have finished their share wait for the slowest.
-    """
+def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the slowest
+    """(rank, world, device) of this process: alone, or one of torchrun's, each with its own GPU."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -665,40 +566,30 @@ def default_workers():
 
 
 class Progress:
-    """Progress of a long task: a line rewritten in place; in a log file a new one now and then."""
+    """Prints the share of a long task that is done: progress(more). Rank 0 speaks for all."""
 
-    def __init__(self, what, total, silent=False, of="pictures"):
-        self.what, self.total, self.silent, self.of, self.done = what, total, silent, of, 0
-        self.begin, self.shown = time.time(), 0.0
-        self.every, self.end = (0.5, "") if sys.stderr.isatty() else (30, "\n")
+    def __init__(self, what, total):
+        self.what, self.total, self.done = what, total, 0
+        self.begin = self.shown = time.time()
 
     def __call__(self, more):
         self.done, now = self.done + more, time.time()
-        if not self.silent and (now - self.shown > self.every or self.done == self.total):
+        due = self.done == self.total or now - self.shown > 10
+        if due and os.environ.get("RANK", "0") == "0":
             left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
-            line = f"{self.what}: {self.done:,} of {self.total:,} {self.of}, {left} left"
-            print(f"\r{line} " if not self.end else line, end=self.end, file=sys.stderr, flush=True)
+            print(f"{self.what}: {self.done / self.total:.1%}, {left} left", file=sys.stderr)
             self.shown = now
-            if self.done == self.total and not self.end:
-                print(file=sys.stderr)
 
 
 class Background:
-    """Runs one call at a time beside the caller, so that a GPU need not wait for the disk.
-
-    The next call, or wait(), first waits for the last one to end, and raises what that raised.
-    """
+    """Runs one call beside the caller. The next, or wait(), waits for it and raises its errors."""
 
     def __init__(self):
-        self.pool, self.last = ThreadPoolExecutor(1), None
+        self.pool, self.wait = ThreadPoolExecutor(1), lambda: None
 
     def __call__(self, function, *args):
         self.wait()
-        self.last = self.pool.submit(function, *args)
-
-    def wait(self):
-        if self.last:
-            self.last.result()
+        self.wait = self.pool.submit(function, *args).result
 
 
 def replace_file(path, write):
@@ -711,27 +602,26 @@ def replace_file(path, write):
     os.replace(temporary, path)
 
 
-LOCKS = []  # open as long as the process lives: to close one is to give it up
-
-
 def lock(folder, wait=False):
-    """Make a directory this process's own until it ends; of another's, wait for that or fail."""
+    """Make a directory and hold it until the process ends or closes the descriptor returned.
+
+    If another process holds it, wait for its end or, by default, end the script.
+    """
     import fcntl  # not on Windows
 
-    LOCKS.append(open(Path(folder, ".lock"), "a"))  # noqa: SIM115
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(Path(folder, ".lock"), os.O_CREAT | os.O_WRONLY)
     try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (BlockingIOError, PermissionError):  # other errors: a disk without locks
         fail(f"{folder} is in use by another run; wait for its end or name another")
     except OSError:
         pass
+    return descriptor
 
 
 def load_weights(path):
-    """The tensors of a .safetensors file, or of one that torch.save wrote, by name, on the CPU.
-
-    Nothing in the file is ever executed.
-    """
+    """{name: tensor} of a .safetensors file, or of torch.save's; nothing in it is executed."""
     try:
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
@@ -740,15 +630,7 @@ def load_weights(path):
         state = state.get("state_dict", state)
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        fail(f"{path} is no whole file of weights ({type(error).__name__}: {one_line(error)})")
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:300]
-
-
-SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
+        fail(f"{path} is no whole file of weights ({error!r:.300})")
 
 
 def read_safetensors(path):

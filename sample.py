@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 import meanflow
 import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
@@ -36,7 +35,7 @@ def read_checkpoint(path):
         if checkpoint.get("format") != CHECKPOINT_FORMAT:
             raise ValueError("it was saved by another version of the code")
     except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        shared.fail(f"{path} is no whole checkpoint of train.py ({shared.one_line(error)})")
+        shared.fail(f"{path} is no whole checkpoint of train.py ({error!r:.300})")
     return checkpoint
 
 
@@ -67,11 +66,7 @@ def draw(net, labels, indices=None, seed=0, nfe=1, velocity=False):
     device = next(net.parameters()).device
     indices = range(len(labels)) if indices is None else indices
     e = noise(indices, (net.channels, net.size, net.size), seed).to(device)
-    y = torch.as_tensor(labels, device=device)
-    return meanflow.sample(net, e, y, nfe, velocity)
-
-
-# ---------------------------------------------------------------------------- files of pictures
+    return meanflow.sample(net, e, torch.as_tensor(labels, device=device), nfe, velocity)
 
 
 def files_of(batch, folder, kind):
@@ -90,31 +85,12 @@ def save_batch(paths, pixels):
             shared.replace_file(path, partial(shared.to_image(picture).save, format="PNG"))
 
 
-def save_npz(path, parts, shape, settings):
-    """What np.savez would write for arr_0 (N, H, W, C), without holding the array in memory."""
-
-    def write(file):
-        with zipfile.ZipFile(file, "w") as archive:
-            archive.comment = settings.encode()
-            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as array:
-                header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(array, header)
-                for pixels in parts:
-                    array.write(pixels.transpose(0, 2, 3, 1).tobytes())
-
-    shared.replace_file(path, write)
-
-
 # ---------------------------------------------------------------------------- command line
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="sample.py",
-        description=__doc__.splitlines()[0],
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+    about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
     add("--out", required=True, type=Path, help="grid.png, samples.npz, or a directory for PNGs")
@@ -133,8 +109,11 @@ def parse_args(argv=None):
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
     args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
-    if not args.kind and suffix in Image.registered_extensions():
+    if not args.kind and suffix in shared.IMAGE_SUFFIXES:
         parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
+    fits = {".png": Path.is_file, ".npz": zipfile.is_zipfile}.get(args.kind, Path.is_dir)
+    if args.out.exists() and not fits(args.out):
+        parser.error(f"--out {args.out} exists and is no {args.kind or 'directory'}; name another")
     return args
 
 
@@ -145,82 +124,71 @@ def main(args):
 
     # The network, the decoder and the labels.
     net, checkpoint = load_checkpoint(args.checkpoint)
-    vae = shared.load_vae(args.vae) if args.vae else None
-    if encoder := checkpoint["meta"].get("vae"):
-        if not vae:
-            shared.fail(f"{args.checkpoint} draws latents: name the weights of their --vae")
-        if vae.fingerprint() != encoder:
-            say(f"note: {args.vae} is not the VAE that made the latents")
-    elif vae:
-        shared.fail(f"--vae: {args.checkpoint} draws pixels; leave it out")
+    net, meta = net.to(device), checkpoint["meta"]
+    vae = shared.load_vae(args.vae).to(device) if args.vae else None
+    if bool(vae) != bool(meta.get("vae")):
+        draws = "pixels: leave out" if vae else "latents: name the weights of their"
+        shared.fail(f"{args.checkpoint} draws {draws} --vae")
+    if vae and vae.fingerprint() != meta["vae"]:
+        say(f"note: {args.vae} is not the VAE that made the latents")
     every = range(max(net.num_classes, 1))
     classes = args.classes or every
     if not set(classes) <= set(every):
         shared.fail(f"--classes: {args.checkpoint} has the labels 0 to {every[-1]}")
-    picks = np.arange(num) % len(classes)  # differs: the authors' code draws labels at random
+    labels = np.resize(classes, num)  # in turn. differs: the authors' code draws them at random
     if args.random_classes:
-        picks = np.random.default_rng(args.seed).integers(len(classes), size=num)
-    labels = [classes[i] for i in picks]
+        labels = np.random.default_rng(args.seed).choice(classes, num)
 
     # The settings are stored with the pictures, so that two different runs are never mixed.
     names = ["num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype"]
-    settings = {name: vars(args)[name] for name in names} | {"step": checkpoint["step"]}
-    settings["weights"] = [part and shared.fingerprint(part.state_dict()) for part in (net, vae)]
-    settings = json.dumps(settings)
+    weights = [part and shared.fingerprint(part.state_dict()) for part in (net, vae)]
+    settings = json.dumps({name: vars(args)[name] for name in names} | {"weights": weights})
     folder = out.with_name(out.name + ".parts") if kind else out
     record = folder / "settings.json"
-    if kind == ".npz" and out.exists():
-        with zipfile.ZipFile(out) as archive:
-            if archive.comment.decode() != settings:
-                shared.fail(f"--out {out} holds other pictures; remove it or name another")
-        say(f"{out} is complete already")
-        shared.leave_ranks()
-        return
-    if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+    complete, ours = kind == ".npz" and out.exists(), True
+    if complete:
+        with np.load(out) as file:
+            ours = file.get("settings") == settings
+    elif rank == 0:
         shared.lock(folder)
-        found = any(path.suffix in (".png", ".npy") for path in folder.iterdir())
-        if found and not (record.exists() and record.read_text() == settings):
-            shared.fail(f"--out {folder} holds other pictures; remove it or name another")
+        if any(path.suffix in (".png", ".npy") for path in folder.iterdir()):
+            ours = record.exists() and record.read_text() == settings
+    if not ours:
+        where = out if complete else folder
+        shared.fail(f"--out {where} holds other pictures; remove it or name another")
+    if rank == 0 and not complete:
         shared.replace_file(record, lambda file: file.write(settings.encode()))
     shared.wait_for_all()
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.
-    batches = shared.batches_of(num, args.batch_size)
-    todo = [b for b in batches if not all(path.exists() for path in files_of(b, folder, kind))]
-    todo = todo[rank::world]
-    shared.wait_for_all()  # no rank saves before all have listed the same work
-    net.to(device)
-    if vae:
-        vae.to(device)
+    batches = [] if complete else shared.batches_of(num, args.batch_size)
+    mine = [(batch, files_of(batch, folder, kind)) for batch in batches[rank::world]]
+    todo = [(batch, files) for batch, files in mine if not all(map(Path.exists, files))]
     if args.compile:
-        net.compile(dynamic=False)
-        if vae:
-            vae.decoder.compile(dynamic=False)
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
-    what = f"{out}, rank 0 of {world}" if world > 1 else out
-    progress = shared.Progress(what, sum(map(len, todo)), silent=rank > 0)
-    background = shared.Background()
-    for batch in todo:
-        with autocast:
-            some = labels[batch.start : batch.stop]
-            x = draw(net, some, batch, args.seed, args.nfe, args.velocity)
-            pixels = shared.to_pixels(x, vae, checkpoint["meta"]["scale"])
-        background(save_batch, files_of(batch, folder, kind), pixels)
-        progress(len(batch))
+        for part in [net, vae.decoder] if vae else [net]:
+            part.compile(dynamic=False)
+    progress, background = shared.Progress(out, len(todo)), shared.Background()
+    for batch, files in todo:
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            x = draw(net, labels[batch], batch, args.seed, args.nfe, args.velocity)
+            pixels = shared.to_pixels(x, vae, meta["scale"])
+        background(save_batch, files, pixels)
+        progress(1)
     background.wait()
     shared.wait_for_all()
 
-    if kind and rank == 0:
-        parts = (np.load(*files_of(batch, folder, kind)) for batch in batches)
-        if kind == ".png":
-            columns = len(set(labels))
-            columns = columns if columns <= 16 else math.ceil(math.sqrt(num))
-            shared.save_grid(np.concatenate(list(parts)), out, columns)
+    if kind and rank == 0 and not complete:
+        parts = [np.load(*files_of(batch, folder, kind), mmap_mode="r") for batch in batches]
+        c, h, w = parts[0].shape[1:]
+        # On the disk, since 50,000 pictures may not fit in memory.
+        whole = np.lib.format.open_memmap(folder / "whole.npy", "w+", np.uint8, (num, h, w, c))
+        np.concatenate([part.transpose(0, 2, 3, 1) for part in parts], out=whole)
+        if kind == ".npz":
+            shared.replace_file(out, partial(np.savez, arr_0=whole, settings=settings))
         else:
-            c, h, w = np.load(*files_of(batches[0], folder, kind)).shape[1:]
-            save_npz(out, parts, (num, h, w, c), settings)
+            columns = count if (count := len(set(labels))) <= 16 else math.isqrt(num)
+            shared.save_grid(whole.transpose(0, 3, 1, 2), out, columns)
         shutil.rmtree(folder)
     say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")
     shared.leave_ranks()

@@ -1093,7 +1093,7 @@ BAD_INPUT = [
     (1, "prepare_latents images --vae vae.pt --size 20 --out x", "--size 20 is no multiple of 8"),
     (1, "train --data images", "images holds no whole dataset"),
     (1, "train --data cut", "cut holds no whole dataset"),
-    (1, "train --data large", "large: meta.json does not describe the arrays"),
+    (1, "train --data large", "large holds no whole dataset (meta.json does not"),
     (2, "sample last.pt --out x.jpg", "--out x.jpg"),
     (1, "sample last.pt --classes 10 --out x", "--classes"),
     (1, "sample older.pt --out x.png", "saved by another version"),

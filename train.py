@@ -674,7 +674,7 @@ def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, b
     if meta["vae"]:  # the speed of a VAE does not depend on its weights
         few = e[: len(e) if cuda else 1]
         timed["decoding"] = partial(shared.to_pixels, few, vae or shared.VAE().to(device))
-    taken, progress = {name: [] for name in timed}, shared.Progress("bench", rounds, of="rounds")
+    taken, progress = {name: [] for name in timed}, shared.Progress("bench", rounds)
     for _ in range(rounds):
         for name, run in timed.items():
             taken[name].append(timeit.timeit(run, timer=clock, number=repeat) / repeat)
