@@ -351,11 +351,13 @@ def main(args):
     for block in net.blocks:
         if args.activation_checkpointing:
             block.forward = partial(meanflow.checkpointed, block.forward)
-        if args.compile:  # by block: the whole network takes minutes, and DDP would cut its graph
+        if args.compile and not reason:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
     plain = model = meanflow.WithTangent(net, carried=not reason)
+    if args.compile and reason:  # inside a compiled block torch.func.jvp would run uncompiled
+        plain.compile(dynamic=False)
     if world > 1:
-        torch._dynamo.config.optimize_ddp = False
+        torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
         model = DistributedDataParallel(plain, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
@@ -657,22 +659,23 @@ def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, b
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             run()
-        memory[name] = torch.cuda.max_memory_allocated() / 1e9 if cuda else math.nan
-        with profile(activities=[getattr(ProfilerActivity, device.type.upper())]) as profiler:
-            run()
-        kernels = [k for k in profiler.key_averages() if k.device_type == DeviceType.CUDA]
-        busy[name] = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+        if cuda:
+            memory[name] = torch.cuda.max_memory_allocated() / 1e9
+            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                run()
+            kernels = [k for k in profiler.key_averages() if k.device_type == DeviceType.CUDA]
+            busy[name] = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
         flops[name], set_stance = FlopCounterMode(display=False), torch.compiler.set_stance
         with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), flops[name]:
             run()
 
     # How long they take; beside them sampling, and a large product for what the machine can do.
-    n, rounds, repeat = (8192, 10, 10) if cuda else (2048, 7, 1)
+    n, rounds, repeat = (8192, 10, 10) if cuda else (2048, 5, 1)
     product = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
     timed = steps | {"product": partial(torch.mm, *product)}
     timed["sampling"] = autocast(partial(meanflow.sample, net, e, y))
     if meta["vae"]:  # the speed of a VAE does not depend on its weights
-        few = e[: len(e) if cuda else 1]
+        few = e[: 16 if cuda else 1]
         vae = vae or shared.VAE().to(device, memory_format=torch.channels_last)
         timed["decoding"] = partial(shared.to_pixels, few, vae)
     taken, progress = {name: [] for name in timed}, shared.Progress("bench", rounds)
@@ -682,19 +685,20 @@ def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, b
         progress(1)
     median = {name: np.median(values) for name, values in taken.items()}
     peak = 2 * n**3 / median["product"]
+    gpu = f"{'peak GB':>9}{'GPU busy':>10}" if cuda else ""
     say(
         f"{len(t)} pictures a step, {args.dtype}{', process time of one thread' * (not cuda)}"
         f"{', compiled' * args.compile}{', checkpointed' * args.activation_checkpointing}; MFU is "
         f"of the {peak / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
-        f"{'':26}{'ratio':>7}{'TFLOP':>10}{'MFU':>6}{'pictures/s':>12}{'peak GB':>9}"
-        f"{'GPU busy':>10}"
+        f"{'':26}{'ratio':>7}{'TFLOP':>10}{'MFU':>6}{'pictures/s':>12}{gpu}"
     )
     for name in steps:
         ratio = np.median(np.divide(taken[name], taken["flow matching"]))
         done = flops[name].get_total_flops()
+        gpu = f"{memory[name]:9.3g}{busy[name] / median[name]:10.0%}" if cuda else ""
         say(
             f"{name:26}{ratio:7.3f}{done / 1e12:10.3g}{done / median[name] / peak:6.0%}"
-            f"{len(t) / median[name]:12.4g}{memory[name]:9.3g}{busy[name] / median[name]:10.0%}"
+            f"{len(t) / median[name]:12.4g}{gpu}"
         )
     say(f"sampling in one step: {len(t) / median['sampling']:.4g} pictures/s")
     if meta["vae"]:
