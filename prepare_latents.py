@@ -25,8 +25,10 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import sys
 import time
+import zipfile
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -624,14 +626,22 @@ def lock(folder, wait=False):
 
 
 def load_weights(path):
-    """{name: tensor} of a .safetensors file, or of torch.save's; nothing in it is executed."""
+    """{name: tensor} of a .safetensors file, or of torch.save's; nothing in it is executed.
+
+    Of the weights in a training script's checkpoint, these are the EMA's, if it has some.
+    """
     try:
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
-        # Without mmap, which files from before torch 1.6 do not allow: FID's Inception is that old.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        state = state.get("state_dict", state)
+        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not: FID's Inception
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which is data only
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
+            state = state.get(name, state)
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    except pickle.UnpicklingError:
+        way = 'torch.save(torch.load(FILE, weights_only=False)["ema"], "ema.pt")'
+        fail(f"{path} is damaged, or more than tensors; if you trust it, read the ema.pt of {way}")
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         fail(f"{path} is no whole file of weights ({error!r:.300})")
 

@@ -2,10 +2,12 @@
 
     python sample.py runs/tiny-dtd/last.pt --out grid.png
     python sample.py CKPT --vae FILE --classes 207 360 --num 64 --nfe 2 --out pictures/
+    python sample.py CKPT --export FILE                      the EMA network alone, to publish
     torchrun --nproc_per_node=8 sample.py CKPT --vae FILE --num-samples 50000 --out samples.npz
 
 The last writes uint8 (N, H, W, C) as arr_0, the layout of ADM's evaluation. Picture i depends on
-the seed and on i alone, on any number of ranks. The same command again resumes.
+the seed and on i alone, on any number of ranks. The same command again resumes. CKPT is a last.pt,
+an exported file, or public weights of MeanFlow or SiT (`from_public`).
 """
 
 import argparse
@@ -18,19 +20,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 
 import meanflow
 import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
-from model import build
+from model import CONFIGS, build, sinusoids
 
 CHECKPOINT_FORMAT = 2  # raised when a reader of the old one would misread the new
+# Names in public weights, which follow DiT's code, and ours.
+PUBLIC_NAMES = {
+    "noise_labels_next_embedder": "time_embed.1", "noise_labels_embedder": "time_embed.0",
+    "t_embedder": "time_embed.0", "h_embedder": "time_embed.1", "r_embedder": "time_embed.1",
+    "x_embedder.proj": "patch_embed", "y_embedder.embedding_table": "label_embed",
+    "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "adaLN_modulation": "adaln", "final_layer": "final",
+}  # fmt: skip
 
 
 def read_checkpoint(path):
     """What train.py saved in a file, memory-mapped; nothing in it is executed."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if lacking := {"net", "ema", "step", "args", "meta"} - checkpoint.keys():
+        if lacking := {"ema", "step", "args", "meta"} - checkpoint.keys():
             raise ValueError(f"it lacks {min(lacking)}")
         if checkpoint.get("format") != CHECKPOINT_FORMAT:
             raise ValueError("it was saved by another version of the code")
@@ -39,9 +50,83 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def read_network(path, conditioning="t,t-r"):
+    """A checkpoint of train.py, an exported one, or what stands for one: public weights."""
+    state = shared.load_weights(path)
+    if "patch_embed.weight" in state:
+        return read_checkpoint(path)
+    return from_public(state, path, conditioning)
+
+
+@torch.no_grad()
+def from_public(state, path, conditioning):
+    """What stands for a checkpoint, from public weights under DiT's names; else ends the script.
+
+    Weights of MeanFlow have a second time embedder, whose name tells the conditioning. SiT's (flow
+    matching, arXiv 2401.08740) lack it and have twice the output channels. SiT's time is 1 - t and
+    its velocity x - e, so u(z, r, t) = -SiT(z, 1 - t), which is folded into the weights. Embedders
+    of other times than t, which `conditioning` asks for, start at 0.
+    """
+    ours = {}
+    for name, value in state.items():
+        for theirs, our in PUBLIC_NAMES.items():
+            name = name.replace(theirs, our)
+        ours[name] = value
+    try:
+        width, channels, patch, _ = ours["patch_embed.weight"].shape
+        ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
+        ours["pos_embed"] = ours["pos_embed"].squeeze(0)
+        size = patch * math.isqrt(len(ours["pos_embed"]))
+        classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
+        outputs = len(ours["final.linear.bias"]) // patch**2
+    except (KeyError, ValueError) as error:
+        shared.fail(f"{path} is neither train.py's nor has the names of DiT's weights ({error!r})")
+    depth = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
+    names = [name for name, (d, w, _, p) in CONFIGS.items() if (d, w, p) == (depth, width, patch)]
+    if not names:
+        shared.fail(
+            f"{path}: no --model has {depth} blocks of width {width} and patches of {patch}"
+        )
+    pixels = dict(vae=None, scale=1 / 127.5, shift=-1.0)
+    latents = dict(vae="unknown", scale=shared.LATENT_SCALE, shift=0.0)
+    meta = dict(shape=[channels, size, size], classes=[str(k) for k in range(classes)], source="")
+    meta |= pixels if channels == 3 else latents
+
+    sit = "time_embed.1.mlp.0.weight" not in ours and outputs == 2 * channels
+    if not sit:
+        conditioning = "t,r" if any("labels_next" in name for name in state) else "t,t-r"
+    elif not conditioning.startswith("t,"):
+        shared.fail(f"--conditioning {conditioning}: {path} is conditioned on t")
+    net = build(names[0], meta, conditioning)
+    for name in ("final.linear.weight", "final.linear.bias"):
+        rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
+        ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
+    if sit:
+        # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
+        of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
+        cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
+        rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
+        ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
+        for embed in net.time_embed[1:]:
+            torch.nn.init.zeros_(embed.mlp[2].weight)
+        ours = {k: v for k, v in net.state_dict().items() if k.startswith("time_embed")} | ours
+    shared.load_strictly(net, ours, path)
+    if sit:  # DiT has the same names and shapes, but finds the noise of its steps up to 999
+        z = noise([0], meta["shape"])
+        step, null = torch.full((1,), 1.0 - 999), torch.tensor([classes])
+        if F.cosine_similarity(-net(z, step, step, null).flatten(), z.flatten(), dim=0) > 0.5:
+            shared.fail(
+                f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does"
+            )
+    kind = "SiT's velocity" if sit else "MeanFlow's"
+    note = f"note: {path} is taken for {kind}: {names[0]}, conditioned on {conditioning}"
+    args = dict(model=names[0], conditioning=conditioning)
+    return dict(ema=net.state_dict(), args=args, meta=meta, step=0, note=note)
+
+
 def load_checkpoint(path):
     """(EMA network on the CPU, the whole checkpoint)."""
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_network(path)
     args = checkpoint["args"]
     with torch.device("meta"):  # the checkpoint's tensors are used directly
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
@@ -93,7 +178,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run")
-    add("--out", required=True, type=Path, help="grid.png, samples.npz, or a directory for PNGs")
+    add("--out", type=Path, help="grid.png, samples.npz, or a directory for PNGs")
+    add("--export", type=Path, help="write the EMA network alone to this file, and draw nothing")
     add("--vae", help="weights of the VAE that decodes latents, in diffusers' format")
     # The long name is for torchrun, which takes --num for an abbreviation of its --numa-binding.
     add("--num", "--num-samples", type=int, default=100, help="number of pictures")
@@ -108,6 +194,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
+    if bool(args.out) == bool(args.export):
+        parser.error("name either an --out for pictures or an --export for the network")
+    if args.export:
+        return args
     args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
     if not args.kind and suffix in shared.IMAGE_SUFFIXES:
         parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
@@ -120,16 +210,23 @@ def parse_args(argv=None):
 def main(args):
     rank, world, device = shared.join_ranks()
     say = print if rank == 0 else lambda _: None
-    out, kind, num = args.out, args.kind, args.num
 
     # The network, the decoder and the labels.
     net, checkpoint = load_checkpoint(args.checkpoint)
+    say(checkpoint.get("note", f"{args.checkpoint}: step {checkpoint['step']:,}"))
+    if args.export:
+        args_kept = {name: checkpoint["args"][name] for name in ("model", "conditioning")}
+        kept = {name: checkpoint[name] for name in ("ema", "meta", "step")}
+        kept |= dict(args=args_kept, format=CHECKPOINT_FORMAT)
+        shared.replace_file(args.export, partial(torch.save, kept))
+        return
+    out, kind, num = args.out, args.kind, args.num
     net, meta = net.to(device), checkpoint["meta"]
     vae = shared.load_vae(args.vae).to(device) if args.vae else None
     if bool(vae) != bool(meta.get("vae")):
         draws = "pixels: leave out" if vae else "latents: name the weights of their"
         shared.fail(f"{args.checkpoint} draws {draws} --vae")
-    if vae and vae.fingerprint() != meta["vae"]:
+    if vae and vae.fingerprint() != meta["vae"] != "unknown":
         say(f"note: {args.vae} is not the VAE that made the latents")
     every = range(max(net.num_classes, 1))
     classes = args.classes or every

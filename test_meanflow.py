@@ -5,6 +5,7 @@ python -m pytest -m ""                                       also kills, torchru
 MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained    how good a finished digit run is
 """
 
+import argparse
 import contextlib
 import copy
 import importlib.util
@@ -48,7 +49,7 @@ import sample
 import schedules
 import train
 from meanflow import LINEAR, RULES, Dual, Objective, WithTangent
-from model import CONDITIONINGS, DiT, build, sincos_positions, sinusoids
+from model import CONDITIONINGS, CONFIGS, DiT, build, sincos_positions, sinusoids
 
 torch.set_num_threads(1)  # the tensors are tiny
 HERE = Path(__file__).parent
@@ -976,6 +977,169 @@ def test_pictures_without_classes_train_without_guidance_and_are_drawn(tmp_path,
     assert drawn.shape == (3, 16, 16, 3)
 
 
+# ---------------------------------------------------------------------------- public weights
+
+PUBLIC = {  # the time embedders' names, and what they are told
+    "t,t-r": {"t_embedder": lambda r, t: t, "h_embedder": lambda r, t: t - r},
+    "t,t-r again": {"t_embedder": lambda r, t: t, "r_embedder": lambda r, t: t - r},
+    "t,r": {"noise_labels_embedder": lambda r, t: t, "noise_labels_next_embedder": lambda r, t: r},
+    "SiT": {"t_embedder": lambda r, t: 1 - t},
+}
+
+
+def public_weights(kind, model, channels=4, size=32, classes=1000):
+    """Random weights of a network of the papers, under the names and shapes of public files."""
+    (depth, width, _, patch), g, state = CONFIGS[model], torch.Generator().manual_seed(0), {}
+    outputs = channels * patch**2 * (2 if kind == "SiT" else 1)
+    shapes = {"x_embedder.proj": (width, channels, patch, patch)}
+    for name in PUBLIC[kind]:
+        shapes |= {f"{name}.mlp.0": (width, 256), f"{name}.mlp.2": (width, width)}
+    for block in (f"blocks.{i}" for i in range(depth)):
+        shapes |= {f"{block}.attn.qkv": (3 * width, width), f"{block}.attn.proj": (width, width)}
+        shapes |= {f"{block}.mlp.fc1": (4 * width, width), f"{block}.mlp.fc2": (width, 4 * width)}
+        shapes |= {f"{block}.adaLN_modulation.1": (6 * width, width)}
+    shapes |= {"final_layer.linear": (outputs, width)}
+    shapes |= {"final_layer.adaLN_modulation.1": (2 * width, width)}
+    for name, shape in shapes.items():
+        state[f"{name}.weight"] = torch.randn(shape, generator=g) / math.prod(shape[1:]) ** 0.5
+        state[f"{name}.bias"] = 0.1 * torch.randn(shape[0], generator=g)
+    state["y_embedder.embedding_table.weight"] = torch.randn(classes + 1, width, generator=g)
+    positions = torch.randn(1, (size // patch) ** 2, width, generator=g)
+    return state | {"pos_embed": positions.float().to(positions)}  # ours are float32
+
+
+def public_network(state, kind, heads, z, r, t, y):
+    """What the files' own code computes, by torch's functions; of SiT its velocity x - e."""
+
+    def linear(name, x):
+        return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
+
+    def modulated(x, shift, scale):
+        return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+
+    weight, bias = state["x_embedder.proj.weight"], state["x_embedder.proj.bias"]
+    patch, (batch, channels, size, _) = weight.shape[-1], z.shape
+    x = F.conv2d(z, weight, bias, stride=patch).flatten(2).mT + state["pos_embed"]
+    c = state["y_embedder.embedding_table.weight"][y]
+    for name, time_of in PUBLIC[kind].items():
+        angles = time_of(r, t)[:, None] * torch.exp(-math.log(10000) / 128 * torch.arange(128))
+        waves = torch.cat([angles.cos(), angles.sin()], 1)
+        c = c + linear(f"{name}.mlp.2", F.silu(linear(f"{name}.mlp.0", waves)))
+    for block in sorted({name.rsplit(".", 3)[0] for name in state if ".attn.qkv.w" in name},
+                        key=lambda name: int(name[7:])):  # fmt: skip
+        m = linear(f"{block}.adaLN_modulation.1", F.silu(c))[:, None].chunk(6, -1)
+        qkv = linear(f"{block}.attn.qkv", modulated(x, m[0], m[1]))
+        q, k, v = qkv.view(*x.shape[:2], 3, heads, -1).permute(2, 0, 3, 1, 4)
+        h = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v
+        x = x + m[2] * linear(f"{block}.attn.proj", h.transpose(1, 2).flatten(2))
+        h = F.gelu(linear(f"{block}.mlp.fc1", modulated(x, m[3], m[4])), approximate="tanh")
+        x = x + m[5] * linear(f"{block}.mlp.fc2", h)
+    m = linear("final_layer.adaLN_modulation.1", F.silu(c))[:, None].chunk(2, -1)
+    n = size // patch
+    x = linear("final_layer.linear", modulated(x, *m)).view(batch, n, n, patch, patch, -1)
+    return torch.einsum("bhwpqc->bchpwq", x).reshape(batch, -1, size, size)[:, :channels]
+
+
+@pytest.mark.parametrize(
+    ("kind", "model", "dtype"),
+    [(kind, "tiny", torch.float64) for kind in PUBLIC]
+    + [pytest.param("t,t-r", "B/4", torch.float64, marks=pytest.mark.slow)]
+    + [pytest.param("SiT", "XL/2", torch.float32, marks=pytest.mark.slow)],
+)
+def test_public_weights_give_what_their_own_code_computes(tmp_path, kind, model, dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        state, path = public_weights(kind, model), tmp_path / "public.pth"
+        torch.save({"ema": state, "opt": [], "args": argparse.Namespace(lr=1)}, path)
+        net, found = sample.load_checkpoint(path)
+        z, r, t = torch.randn(2, 4, 32, 32), torch.tensor([0.2, 0.3]), torch.tensor([0.3, 0.9])
+        y = torch.tensor([7, 1000])  # and the null label
+        with torch.no_grad():
+            theirs = public_network(state, kind, CONFIGS[model][2], z, r, t, y)
+            ours = net(z, r, t, y)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    expected = (model, "t,r" if kind == "t,r" else "t,t-r")
+    assert (found["args"]["model"], found["args"]["conditioning"]) == expected
+    assert found["meta"]["shape"] == [4, 32, 32]
+    assert len(found["meta"]["classes"]) == 1000
+    error = (ours - (-theirs if kind == "SiT" else theirs)).norm() / theirs.norm()
+    assert error < (1e-12 if dtype == torch.float64 else 1e-5)
+
+
+def test_training_from_a_flow_matching_model_starts_with_its_velocity(glyphs, tmp_path):
+    data, path = prepare_latents.Dataset(glyphs), tmp_path / "sit.pt"
+    state = public_weights("SiT", "tiny", 1, 16, 10)
+    torch.save(state, path)
+    flags = ["--init-from", path, "--accel", "none", "--steps", 2, "--label-drop", 0.5]
+    run(glyphs, tmp_path / "guided", *flags)
+    run(glyphs, tmp_path / "plain", *flags, "--omega", 1, "--kappa", 0)
+    g = sample.keyed_generator(0, 0, 0)
+    rows = np.random.default_rng((0, 0)).permutation(200)[:8]
+    x = torch.from_numpy(data.images[rows]) / 127.5 - 1
+    e = torch.randn(x.shape, generator=g)
+    y = meanflow.drop_labels(torch.from_numpy(data.labels[rows]).long(), 10, 0.5, g)
+    t, r = schedules.sample_t_r(6, 2, LOGNORM, generator=g)
+    z, v = meanflow.interpolate(x, e, t)
+    source = partial(public_network, state, "SiT", 4)
+    error = (source(z, t, t, y) + v)[:6].square().mean().item()
+    for name in ("guided", "plain"):
+        first = metrics(tmp_path / name)[0]
+        assert first["v_error"] == pytest.approx(error, rel=1e-4) or name == "guided"
+    net, _ = sample.load_checkpoint(path)
+    _, dudt = WithTangent(net.double())(z.double(), r.double(), t.double(), y, v[6:].double())
+    state = {name: value.double() for name, value in state.items()}
+    source, (z, v, t) = partial(public_network, state, "SiT", 4), (a.double() for a in (z, v, t))
+    ahead, behind = (source(z + h * v, t, t + h, y)[6:] for h in (1e-5, -1e-5))
+    assert (dudt + (ahead - behind) / 2e-5).norm() < 1e-5 * dudt.norm()
+
+
+def without(state, part):
+    return {name: value for name, value in state.items() if part not in name}
+
+
+def predicts_its_input(state):
+    """DiT's names, and what is left of its output at the last step: the noise that it is given."""
+    for name in without(state, "embed"):
+        state[name] *= 0
+    first = 30 * torch.linalg.qr(torch.randn(128, 16))[0].view(128, 1, 4, 4)
+    last = torch.stack([first[:, 0], 0 * first[:, 0]], -1)  # (D, p, q, c)
+    return state | {"x_embedder.proj.weight": first, "final_layer.linear.weight": last.flatten(1).T}
+
+
+@pytest.mark.parametrize(
+    ("kind", "change", "words"),
+    [
+        ("SiT", lambda s: without(s, "blocks.3."), "no --model has 3 blocks of width 128"),
+        ("t,r", lambda s: without(s, "next"), "lacks 4 weights, time_embed.1.mlp.0.bias"),
+        ("t,t-r", lambda s: without(s, "blocks.1.attn"), "lacks 4 weights, blocks.1.attn"),
+        ("t,t-r", lambda s: without(s, "x_embedder"), "KeyError('patch_embed.weight')"),
+        ("t,t-r", lambda s: s | {"q_norm": s["pos_embed"]}, "unknown 1 weights, q_norm"),
+        ("SiT", predicts_its_input, "predicts the noise, as DiT does"),
+        (
+            "SiT",
+            lambda s: s | {"x_embedder.proj.weight": torch.zeros(128, 1, 2, 2)},
+            "patches of 2",
+        ),
+    ],
+)
+def test_public_weights_that_do_not_fit_are_refused(tmp_path, capsys, kind, change, words):
+    torch.save(change(public_weights(kind, "tiny", 1, 16, 10)), tmp_path / "public.pt")
+    refusal(capsys, 1, words, sample, tmp_path / "public.pt", "--out", tmp_path / "x.png")
+
+
+def test_an_exported_network_draws_and_starts_like_its_checkpoint(checkpoint, glyphs, tmp_path):
+    sample.main(sample.parse_args([str(checkpoint), "--export", str(tmp_path / "net.pt")]))
+    one = sampled(checkpoint, tmp_path / "one.png", "--num", 20)
+    two = sampled(tmp_path / "net.pt", tmp_path / "two.png", "--num", 20)
+    assert one.read_bytes() == two.read_bytes()
+    kept = torch.load(tmp_path / "net.pt", weights_only=True)
+    assert set(kept) == {"ema", "meta", "step", "args", "format"}
+    for path, name in [(checkpoint, "one"), (tmp_path / "net.pt", "two")]:
+        run(glyphs, tmp_path / name, "--steps", 2, "--init-from", path)
+    assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
+
+
 # ---------------------------------------------------------------------------- fid.py
 
 
@@ -1119,7 +1283,7 @@ BAD_INPUT = [
     (1, "train --out half", "half/last.pt is no whole checkpoint"),
     (1, "train --init-from last.pt --conditioning t,r", "last.pt has --conditioning t"),
     (1, "train --init-from last.pt --model S/4", "last.pt has --model tiny"),
-    (1, "train --init-from nothing.pt", "nothing.pt is no whole checkpoint"),
+    (1, "train --init-from nothing.pt", "nothing.pt is no whole file of weights"),
     (2, "prepare_latents nowhere --out x", "nowhere is no folder"),
     (1, "prepare_latents mixed --out x", "2.png among them, beside folders"),
     (1, "prepare_latents images --vae vae.pt --size 20 --out x", "--size 20 is no multiple of 8"),
@@ -1127,6 +1291,9 @@ BAD_INPUT = [
     (1, "train --data cut", "cut holds no whole dataset"),
     (1, "train --data large", "large holds no whole dataset (meta.json does not"),
     (2, "sample last.pt --out x.jpg", "--out x.jpg"),
+    (2, "sample last.pt --out text.npz", "--out text.npz exists and is no .npz"),
+    (2, "sample last.pt", "--out"),
+    (1, "sample half/last.pt --out x", "half/last.pt is no whole file of weights"),
     (1, "sample last.pt --classes 10 --out x", "--classes"),
     (1, "sample older.pt --out x.png", "saved by another version"),
     (2, "fid stats.npz", "REFERENCE"),
@@ -1154,9 +1321,9 @@ BAD_INPUT = [
     (1, "train --accel none --gap 0.9999 1", "--gap"),
     (1, "train --model S/4 --data tens", "--model S/4: pictures of size 10 do not"),
     (1, "train --vae nothing.pt", "nothing.pt is no whole file of weights"),
-    (1, "sample run/last.pt --out x", "run/last.pt is no whole checkpoint"),
-    (1, "prepare_latents images --vae run/last.pt --out x", "run/last.pt is no whole file"),
-    (1, "prepare_latents images --vae old.pt --out x", "old.pt is no whole file"),
+    (1, "sample run/last.pt --out x", "run/last.pt is damaged, or more than tensors"),
+    (1, "prepare_latents images --vae run/last.pt --out x", "run/last.pt is damaged, or more"),
+    (1, "prepare_latents images --vae old.pt --out x", "old.pt is damaged, or more"),
     (1, "fid pickle.npz --save x.npz --inception inception.pth", "pickle.npz"),
 ]
 

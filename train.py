@@ -44,7 +44,7 @@ import meanflow
 import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
 import schedules
 from model import CONDITIONINGS, CONFIGS, build
-from sample import CHECKPOINT_FORMAT, draw, keyed_generator, read_checkpoint
+from sample import CHECKPOINT_FORMAT, draw, keyed_generator, read_checkpoint, read_network
 
 # ---------------------------------------------------------------------------- recipes
 
@@ -279,11 +279,16 @@ def main(args):
     except ValueError as error:
         shared.fail(f"--model {args.model}: {error}")
     if args.init_from and not saved:
-        given = read_checkpoint(args.init_from)
-        for name in ("model", "conditioning"):
-            if given["args"][name] != getattr(args, name):
-                shared.fail(f"--init-from {args.init_from} has --{name} {given['args'][name]}")
+        given = read_network(args.init_from, args.conditioning)
+        theirs = given["args"]
+        for name, same in [
+            ("model", CONFIGS[theirs["model"]] == CONFIGS[args.model]),
+            ("conditioning", theirs["conditioning"] == args.conditioning),
+        ]:
+            if not same:
+                shared.fail(f"--init-from {args.init_from} has --{name} {theirs[name]}")
         shared.load_strictly(net, given["ema"], args.init_from)
+        say(given.get("note", f"from the EMA of {args.init_from} at step {given['step']:,}"))
     trained = [p for p in net.parameters() if p.requires_grad]
     say(
         f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, {count:,} "
