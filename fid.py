@@ -269,7 +269,7 @@ class Pictures:
         return torch.from_numpy(np.stack(batch)).expand(-1, 3, -1, -1)
 
 
-def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=50):
+def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=128):
     """Statistics.result() of pictures. Each rank processes its share of the batches."""
     count, workers = len(pictures.rows), workers if pictures.files else 0
     mine, pin = shared.batches_of(count, batch_size)[rank::world], torch.cuda.is_available()
@@ -298,7 +298,7 @@ def parse_args(argv=None):
     add("--inception", help="weights pt_inception-2015-12-05; required if an input holds images")
     add("--crop", type=int, help="folders: centre-crop the images to this size, as ADM does")
     add("--save", type=Path, help=".npz to write the statistics of SAMPLES to")
-    add("--batch-size", type=int, default=50, help="images per batch and rank")
+    add("--batch-size", type=int, default=128, help="images per batch and rank")
     add("--workers", type=int, default=workers, help="folders: processes per rank to read images")
     args = parser.parse_args(argv)
     args.paths = [path for path in (args.samples, args.reference) if path]

@@ -1135,6 +1135,7 @@ def test_an_exported_network_draws_and_starts_like_its_checkpoint(checkpoint, gl
     assert one.read_bytes() == two.read_bytes()
     kept = torch.load(tmp_path / "net.pt", weights_only=True)
     assert set(kept) == {"ema", "meta", "step", "args", "format"}
+    assert set(kept["args"]) == {"model", "conditioning"}  # no paths of the run
     for path, name in [(checkpoint, "one"), (tmp_path / "net.pt", "two")]:
         run(glyphs, tmp_path / name, "--steps", 2, "--init-from", path)
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
