@@ -11,6 +11,7 @@ t = 1 is noise, t = 0 is data, r <= t. A network is any callable net(z, r, t, y)
 """
 
 import copy
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -237,11 +238,20 @@ class WithTangent(nn.Module):
             u = self.net(Dual(z, v), Dual(r, dr), Dual(t, dt), label)
             u, dudt = u.value, u.tangent
         else:
-            u = self.net(z, r, t, y)
-            last = tuple(a[n:].clone() for a in (z, r, t))  # torch.compile fails with views
-            y_last = None if y is None else y[n:]
+            # With dropout, u and du/dt need the same mask: the same numbers, and so all the batch.
+            drops = any(isinstance(m, nn.Dropout) and m.training for m in self.net.modules())
+            devices = [z.device] if z.is_cuda else []
+            with torch.random.fork_rng(devices) if drops else nullcontext():
+                u = self.net(z, r, t, y)
+            tangents = v, dr, dt
+            if drops:
+                tangents = [torch.cat([a.new_zeros(n, *a.shape[1:]), a]) for a in tangents]
+            first = 0 if drops else n
+            some = tuple(a[first:].clone() for a in (z, r, t))  # torch.compile fails with views
+            y = None if y is None else y[first:]
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
-                dudt = jvp(lambda z, r, t: self.net(z, r, t, y_last), last, (v, dr, dt))[1]
+                dudt = jvp(lambda z, r, t: self.net(z, r, t, y), some, tuple(tangents))[1]
+            dudt = dudt[n - first :]
         return u.to(z.dtype), dudt.to(z.dtype)
 
 
@@ -252,7 +262,7 @@ def why_not_carried(net, shape):
     shape: (C, H, W) of z. Tests a copy of net with random weights, because a new network gives 0;
     they are scaled so that signals keep their size. Uses three samples, two of them with tangents.
     """
-    net, device = copy.deepcopy(net), next(net.parameters()).device
+    net, device = copy.deepcopy(net).eval(), next(net.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     for parameter in net.parameters():
         std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
@@ -297,6 +307,9 @@ class Dual:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         name, kwargs = function.__name__, kwargs or {}
+        if name == "dropout":  # the same for value and tangent
+            kept = function(torch.ones_like(args[0].value), *args[1:], **kwargs)
+            return args[0] * Dual(kept, torch.zeros_like(args[0].tangent))
         if name not in RULES and name not in LINEAR:
             raise NotImplementedError(f"no rule for the tangent of {name}")
         with torch.no_grad():  # the tangent first: the function may modify its input
@@ -315,6 +328,9 @@ class Dual:
 
     def __getitem__(self, index):
         return Dual(self.value[index], self.tangent[index])
+
+    def long(self):
+        return Dual(self.value.long(), self.tangent)
 
     view = reshape = variadic(torch.reshape)
     permute = variadic(torch.permute)
@@ -350,6 +366,14 @@ def layer_norm_tangent(d, x, shape, weight=None, bias=None, eps=1e-5):
     only_x = (True, False, False)
     dx = aten.native_layer_norm_backward(d[0], x, shape, mean, rstd, None, None, only_x)[0]
     return dx if weight is None else dx * weight
+
+
+def group_norm_tangent(d, x, groups, weight=None, bias=None, eps=1e-5):
+    shape = len(x), x.shape[1], x[0, 0].numel(), groups
+    _, mean, rstd = torch.native_group_norm(x, None, None, *shape, eps)
+    only_x = (True, False, False)
+    dx = aten.native_group_norm_backward(d[0], x, mean, rstd, None, *shape, only_x)[0]
+    return dx if weight is None else dx * expand(weight, x[0])
 
 
 def rms_norm_tangent(d, x, shape, weight=None, eps=None):
@@ -391,6 +415,11 @@ RULES = {
     "softmax": softmax_tangent,
     "embedding": lambda d, y, weight, *_, **__: weight.new_zeros(*y.shape, weight.shape[1]),
     "linear": lambda d, x, weight, bias=None: F.linear(d[0], weight),
+    "conv2d": lambda d, x, w, bias=None, *a, **k: F.conv2d(d[0], w, None, *a, **k),
+    "conv_transpose2d": lambda d, x, w, bias=None, *a, **k: F.conv_transpose2d(
+        d[0], w, None, *a, **k
+    ),
+    "group_norm": group_norm_tangent,
     "layer_norm": layer_norm_tangent,
     "rms_norm": rms_norm_tangent,
     "scaled_dot_product_attention": attention_tangent,

@@ -1,8 +1,9 @@
-"""The network u(z, r, t, y): a Diffusion Transformer conditioned on a label and on two times.
+"""The networks u(z, r, t, y), conditioned on a label and on two times: a DiT and a U-Net.
 
-DiT with adaLN-Zero (arXiv 2212.09748), its blocks untouched; the one time of a diffusion model
-becomes a pair r <= t (MeanFlow, arXiv 2505.13447v1, Tab. 1c and App. A). Everywhere in this project
-t = 1 is noise, t = 0 is data, and the order of arguments is the paper's: net(z, r, t, y).
+DiT with adaLN-Zero (arXiv 2212.09748) is MeanFlow's for ImageNet, the U-Net (arXiv 2011.13456) its
+network for CIFAR-10. The one time of a diffusion model becomes a pair r <= t (arXiv 2505.13447v1,
+Tab. 1c and App. A); the blocks are untouched. Everywhere in this project t = 1 is noise, t = 0 is
+data, and the order of arguments is the paper's: net(z, r, t, y).
 
     net = build("B/4", dict(shape=(4, 32, 32), classes=range(1000)))
     u = net(z, r, t, y)                    # average velocity between r and t, shaped like z
@@ -24,6 +25,9 @@ CONFIGS = {
     "XL/2":  (28, 1152, 16, 2),
     "XL/2+": (28, 1152, 16, 2),  # the same network; the recipe is its own
 }  # fmt: skip
+
+# name: blocks at each size, width of the first convolution. arXiv 2505.13447v1, App. A.
+UNETS = {"unet": (4, 128)}
 
 # What the network sees of (r, t). Whatever it sees, what is trained and differentiated is u as a
 # function of (z, r, t): arXiv 2505.13447v1, Sec. 4.3.
@@ -157,10 +161,151 @@ class DiT(nn.Module):
         return F.pixel_shuffle(x, self.patch)  # (B, C, H, W)
 
 
+class Resample(nn.Module):
+    """Half or twice the size, by a fixed filter: (B, C, H, W) -> (B, C, H', W')."""
+
+    def __init__(self, up):
+        super().__init__()
+        line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / (4 if up else 8)
+        self.resize = F.conv_transpose2d if up else F.conv2d
+        self.kernel = nn.Parameter(torch.outer(line, line)[None, None], requires_grad=False)
+
+    def forward(self, x):
+        channels = x.shape[1]
+        kernel = self.kernel.expand(channels, 1, 4, 4)
+        return self.resize(x, kernel, stride=2, padding=1, groups=channels)
+
+
+class UNetBlock(nn.Module):
+    """Two convolutions, shifted by the conditioning c, and a shortcut; then maybe attention.
+
+    x: (B, inputs, H, W), c: (B, D) -> (B, outputs, H', W'). resample: None, "down" or "up".
+    """
+
+    def __init__(self, inputs, outputs, width, attention=False, resample=None):
+        super().__init__()
+        self.inputs = inputs
+        self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs)
+        self.shift = nn.Linear(width, outputs)
+        self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs)
+        self.dropout = nn.Dropout(0.2)
+        self.resample = Resample(resample == "up") if resample else nn.Identity()
+        changes = inputs != outputs or resample
+        self.skip = conv(inputs, outputs, 1) if changes else nn.Identity()
+        self.attention = attention
+        if attention:
+            self.norm3 = norm(outputs)
+            self.qkv, self.proj = conv(outputs, 3 * outputs, 1), conv(outputs, outputs, 1)
+
+    def forward(self, x, c):
+        h = self.conv1(self.resample(F.silu(self.norm1(x)))) + self.shift(c)[:, :, None, None]
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        x = (h + self.skip(self.resample(x))) * 0.5**0.5
+        if not self.attention:
+            return x
+        h = self.qkv(self.norm3(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H W, 3 C)
+        h = F.scaled_dot_product_attention(*h.chunk(3, -1)).flatten(1, 2)  # (B, H W, C)
+        h = self.proj(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, H, W)
+        return (x + h) * 0.5**0.5  # x first: torch.func.jvp needs its memory layout
+
+
+class UNet(nn.Module):
+    """The average velocity u_theta(z, r, t | y) by the first paper's network for CIFAR-10.
+
+    channels, size, num_classes, conditioning: as of DiT; size a multiple of 4. width: of the first
+    convolution, half of all others'; depth: blocks at each of the three sizes.
+    """
+
+    def __init__(self, channels, size, num_classes, depth, width, conditioning="t,t-r"):
+        super().__init__()
+        if size % 4:
+            raise ValueError(f"pictures of size {size} are not halved twice")
+        self.channels, self.size = channels, size
+        self.num_classes = self.null_label = num_classes
+        self.time_variables = CONDITIONINGS[conditioning]
+        num_times, wide = len(self.time_variables(torch.zeros(()), torch.zeros(()))), 2 * width
+        d = 4 * width  # of the conditioning
+
+        def block(inputs=wide, **options):
+            return UNetBlock(inputs, wide, d, **options)
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(256 * num_times, d), nn.SiLU(), nn.Linear(d, d), nn.SiLU()
+        )
+        self.augment_embed = nn.Linear(6, 256 * num_times, bias=False)
+        if num_classes:
+            self.label_embed = nn.Embedding(num_classes + 1, 256 * num_times)
+        self.conv_in = conv(channels, width)
+        down, up = dict(resample="down"), dict(resample="up")
+        encoder = [block(width)] + [block() for _ in range(depth - 1)]  # size
+        encoder += [block(**down)] + [block(attention=True) for _ in range(depth)]  # size / 2
+        encoder += [block(**down)] + [block() for _ in range(depth)]  # size / 4
+        decoder = [block(attention=True), block()] + [block(2 * wide) for _ in range(depth + 1)]
+        decoder += [block(**up)] + [block(2 * wide) for _ in range(depth)]  # size / 2
+        decoder += [block(2 * wide, attention=True)]
+        decoder += [block(**up)] + [block(2 * wide) for _ in range(depth)]  # size
+        decoder += [block(wide + width)]
+        self.blocks, self.encoder_depth = nn.ModuleList(encoder + decoder), len(encoder)
+        self.norm_out, self.conv_out = norm(wide), conv(wide, channels)
+        self.initialize()
+
+    def initialize(self):
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for block in self.blocks:  # when training starts, every block is close to its shortcut
+            nn.init.xavier_uniform_(block.conv2.weight, gain=1e-5)
+            if block.attention:
+                nn.init.xavier_uniform_(block.qkv.weight, gain=0.2**0.5)
+                nn.init.xavier_uniform_(block.proj.weight, gain=1e-5)
+        nn.init.xavier_uniform_(self.conv_out.weight, gain=1e-5)
+
+    def forward(self, z, r, t, y):
+        """z: (B, C, H, W); r, t: (B,) in [0, 1], at least float32 -> u like z.
+
+        y: (B,) int64, or (B, 7) float32, a label and the six of `prepare_latents.augment`.
+        """
+        waves = [fourier(time) for time in self.time_variables(r, t)]  # (B, 256) each
+        c = torch.cat(waves, dim=-1)
+        if y is not None and len(y.shape) == 2:
+            c, y = c + self.augment_embed(y[:, 1:]), y[:, 0].long()
+        if self.num_classes:
+            c = c + self.label_embed(y)
+        c = self.time_embed(c)  # (B, D)
+        skips = [self.conv_in(z)]
+        for block in self.blocks[: self.encoder_depth]:
+            skips.append(block(skips[-1], c))  # (B, C, H, W), (B, C, H / 2, W / 2), ...
+        x = skips[-1]
+        for block in self.blocks[self.encoder_depth :]:
+            if block.inputs > x.shape[1]:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = block(x, c)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C, H, W)
+
+
 def build(name, meta, conditioning="t,t-r"):
-    """The network of CONFIGS[name] for a dataset whose meta.json is `meta`."""
-    channels, size, _ = meta["shape"]
-    return DiT(channels, size, len(meta["classes"]), *CONFIGS[name], conditioning)
+    """The network of CONFIGS[name] or UNETS[name] for a dataset whose meta.json is `meta`."""
+    (channels, size, _), classes = meta["shape"], len(meta["classes"])
+    if name in UNETS:
+        return UNet(channels, size, classes, *UNETS[name], conditioning)
+    return DiT(channels, size, classes, *CONFIGS[name], conditioning)
+
+
+def norm(width):
+    return nn.GroupNorm(32, width, eps=1e-6)
+
+
+def conv(inputs, outputs, kernel=3):
+    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
+
+
+def fourier(t):
+    """sin, then cos, of t at 128 frequencies from 1 to 1e-4: (B,) -> (B, 256)."""
+    freqs = 10000 ** -(torch.arange(128, device=t.device, dtype=t.dtype) / 127)
+    args = t[:, None] * freqs
+    return torch.cat([args.sin(), args.cos()], dim=-1)
 
 
 def modulate(x, shift, scale):

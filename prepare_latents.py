@@ -2,6 +2,7 @@
 
     python prepare_latents.py glyphs --out data/glyphs       the built-in pictures: ten digits
     python prepare_latents.py IMAGES --out DIR --size 32     IMAGES/class/picture.png, as pixels
+    python prepare_latents.py cifar-10-binary.tar.gz --out data/cifar10 --unconditional
     torchrun --nproc_per_node=8 prepare_latents.py IMAGES --out data/imagenet --vae FILE
 
 The last stores the latents of 256x256 images by the VAE of Stable Diffusion (arXiv 2112.10752) in
@@ -27,6 +28,7 @@ import math
 import os
 import pickle
 import sys
+import tarfile
 import time
 import zipfile
 from collections import OrderedDict
@@ -44,6 +46,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 
+from model import conv, norm
+
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
 DRAFT = "unfinished.json"  # becomes meta.json when every row is written
@@ -51,6 +55,8 @@ LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit v
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
+CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
+CIFAR_CLASSES += ["dog", "frog", "horse", "ship", "truck"]
 # Of the layers of attention, in older files with diffusers' names.
 OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 digit_font = lru_cache(ImageFont.load_default)  # of a size: the outline font that Pillow carries
@@ -104,6 +110,12 @@ class Dataset:
         return torch.from_numpy(self.images[rows]), torch.from_numpy(self.labels[rows].astype(int))
 
 
+def pixel_meta(**entries):
+    """meta.json of a dataset of pixels."""
+    defaults = dict(dtype="uint8", scale=1 / 127.5, shift=-1.0, vae=None, mirrored=False)
+    return dict(format=FORMAT) | defaults | entries
+
+
 def network_input(stored, meta, generator=None):
     """The network's x (B, C, H, W) from rows of images.npy: pixels scaled, latents drawn afresh."""
     if not meta.get("vae"):
@@ -111,6 +123,37 @@ def network_input(stored, meta, generator=None):
     mean, std = stored.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     return (mean + std * noise) * meta["scale"]
+
+
+def augment(x, generator):
+    """EDM's geometric augmentation (arXiv 2206.00364, App. F.2) of x (B, C, S, S), on its device.
+
+    Every picture is mirrored with probability 1/2, without a label. Returns x and the labels
+    (B, 6) of a second mirroring, scale, stretch along an axis (2) and shift (2); 0 is none.
+    differs: pixels are interpolated by one bicubic step, EDM's by a wavelet at twice the size.
+    """
+    n, size = len(x), x.shape[-1]
+    options = dict(generator=generator, device=x.device)
+    chance, (scale, stretch, dx, dy) = torch.rand(6, n, **options), torch.randn(4, n, **options)
+    angle = 2 * math.pi * torch.rand(n, **options) - math.pi
+    mirrored, flip = chance[0] < 0.5, chance[1] < 0.5
+    scale, stretch = scale * (chance[2] < 0.12), stretch * (chance[3] < 0.12)
+    angle, dx, dy = angle * (chance[4] < 0.5), dx * (chance[5] < 0.12), dy * (chance[5] < 0.12)
+    cos, sin = angle.cos(), angle.sin()
+    labels = torch.stack([flip.float(), scale, stretch * cos, stretch * sin, dx, dy], 1)
+
+    # The linear map from places in the new picture, from its centre, to those in the old one.
+    long, short = 2 ** (-0.2 * (scale + stretch)), 2 ** (-0.2 * (scale - stretch))
+    skew = cos * sin * (short - long)
+    rows = [cos**2 * long + sin**2 * short, skew, skew, sin**2 * long + cos**2 * short]
+    matrix = torch.stack(rows, 1).view(n, 2, 2)
+    line = torch.arange(size, device=x.device) - (size - 1) / 2
+    places = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 2)
+    places = places - size / 8 * torch.stack([dx, dy], 1)[:, None]
+    places = (places @ matrix.mT).view(n, size, size, 2) * 2 / (size - 1)
+    x = torch.where((mirrored ^ flip)[:, None, None, None], x.flip(-1), x)
+    how = dict(mode="bicubic", padding_mode="reflection", align_corners=True)
+    return F.grid_sample(x, places, **how), labels
 
 
 class DatasetWriter:
@@ -219,7 +262,7 @@ class ImageFolder:
     file that cannot be read, whose label is UNREADABLE.
     """
 
-    def __init__(self, root, size):
+    def __init__(self, root, size, unconditional=False):
         paths = image_files(root)
         names = [path.relative_to(root).parts for path in paths]  # class, ..., picture
         flat = [name[0] for name in names if len(name) == 1]
@@ -227,7 +270,9 @@ class ImageFolder:
             fail(f"{root} holds no pictures, neither itself nor in folders of classes")
         if 0 < len(flat) < len(paths):
             fail(f"{root} holds pictures, {flat[0]} among them, beside folders of classes")
-        self.size, self.classes = size, [] if flat else sorted({name[0] for name in names})
+        self.size, self.classes = size, sorted({name[0] for name in names})
+        if flat or unconditional:
+            self.classes = []
         numbers = {name: number for number, name in enumerate(self.classes)}
         labels = [numbers.get(name[0], 0) for name in names]
         self.files = list(zip(paths, labels, strict=True))
@@ -280,10 +325,9 @@ def draw_digit(digit, size, rng):
 
 def write_glyphs(out, count=20_000, size=16, seed=0):
     """The built-in dataset: digits 0 to 9 in turn, (1, size, size), the same for the same seed."""
-    meta = dict(
-        format=FORMAT, count=count, shape=[1, size, size], dtype="uint8", scale=1 / 127.5,
-        shift=-1.0, classes=[str(digit) for digit in range(10)], source=f"glyphs, seed {seed}",
-        files=f"seed {seed}", vae=None, mirrored=False,
+    meta = pixel_meta(
+        count=count, shape=[1, size, size], classes=[str(digit) for digit in range(10)],
+        source=f"glyphs, seed {seed}", files=f"seed {seed}",
     )  # fmt: skip
     held = lock(out, wait=True)  # several runs may start at once where it is missing
     writer = DatasetWriter(out, meta)
@@ -294,15 +338,52 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
     os.close(held)
 
 
+# ---------------------------------------------------------------------------- CIFAR-10
+
+
+def read_cifar(source):
+    """(images (N, 3, 32, 32) uint8, labels (N,)) of CIFAR-10's binary version: a record is a byte
+    for the label and 3,072 for the picture. source: its folder, or cifar-10-binary.tar.gz."""
+    pattern, source = "data_batch_*.bin", Path(source)
+    if source.is_dir():
+        files = {path.name: path.read_bytes() for path in source.glob(pattern)}
+    else:
+        try:
+            with tarfile.open(source) as tar:
+                names = [name for name in tar.getnames() if Path(name).match(pattern)]
+                files = {name: tar.extractfile(name).read() for name in names}
+        except (tarfile.TarError, OSError, EOFError) as error:
+            fail(f"{source} is no whole tar file ({error})")
+    bad = [name for name, data in files.items() if len(data) % 3073 or not data]
+    if bad or not files:
+        fail(f"{source} holds no whole {bad[0] if bad else pattern} of CIFAR-10's binary version")
+    records = [np.frombuffer(files[name], np.uint8).reshape(-1, 3073) for name in sorted(files)]
+    records = np.concatenate(records)
+    if records[:, 0].max() > 9:
+        fail(f"{source} has labels above 9, which CIFAR-10's binary version has not")
+    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
+
+
+def write_cifar(args):
+    """The 50,000 training pictures of CIFAR-10, in the order of the files."""
+    images, labels = read_cifar(args.source)
+    classes = CIFAR_CLASSES
+    if args.unconditional:
+        classes, labels = [], 0 * labels
+    if args.flip:
+        images, labels = np.concatenate([images, images[..., ::-1]]), np.tile(labels, 2)
+    meta = pixel_meta(
+        count=len(images), shape=[3, 32, 32], classes=classes, mirrored=args.flip,
+        source=str(args.source), files=hashlib.sha256(images.tobytes()).hexdigest()[:16],
+    )  # fmt: skip
+    lock(args.out)
+    writer = DatasetWriter(args.out, meta)
+    if not writer.complete:
+        writer.write(0, images, labels)
+    writer.finish()
+
+
 # ---------------------------------------------------------------------------- the VAE
-
-
-def norm(width):
-    return nn.GroupNorm(32, width, eps=1e-6)
-
-
-def conv(inputs, outputs, kernel=3):
-    return nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2)
 
 
 def chain(**parts):
@@ -442,10 +523,12 @@ def parse_args(argv=None):
     about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
-    add("source", help="'glyphs', or a folder of images, with a sub-folder for each class if any")
+    add("source", help="'glyphs', cifar-10-binary.tar.gz, or a folder of images, with a sub-folder "
+        "for each class if any")  # fmt: skip
     add("--out", required=True, type=Path, help="directory of the dataset to write")
     add("--vae", help="weights of the VAE that turns images into latents, in diffusers' format")
     add("--size", type=int, help="height and width in pixels; glyphs 16, pixels 32, latents 256")
+    add("--unconditional", action="store_true", help="leave out the classes")
     add("--flip", action="store_true", help="folder: store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
     add("--batch-size", type=int, default=32, help="folder: images at once on a rank")
@@ -458,7 +541,7 @@ def parse_args(argv=None):
     args.size = args.size or (16 if glyphs else 256 if args.vae else 32)
     if min(args.size, args.count, args.batch_size) < 1 or min(args.workers, args.seed) < 0:
         parser.error("--size, --count and --batch-size start at 1, --workers and --seed at 0")
-    if not glyphs and not Path(args.source).is_dir():
+    if not glyphs and not Path(args.source).exists():
         parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of images")
     return args
 
@@ -472,13 +555,15 @@ def main(args):
     if args.source == "glyphs":
         write_glyphs(args.out, args.count, args.size, args.seed)
         return
+    if Path(args.source).is_file() or [*Path(args.source).glob("data_batch_*.bin")]:
+        write_cifar(args)
+        return
     rank, world, device = join_ranks()
-    folder = ImageFolder(args.source, args.size)
+    folder = ImageFolder(args.source, args.size, args.unconditional)
     count = len(folder.files)
-    meta = dict(
-        format=FORMAT, count=count * (1 + args.flip), shape=[3, args.size, args.size],
-        dtype="uint8", scale=1 / 127.5, shift=-1.0, classes=folder.classes, mirrored=args.flip,
-        vae=None, files=folder.fingerprint, source=str(args.source),
+    meta = pixel_meta(
+        count=count * (1 + args.flip), shape=[3, args.size, args.size], classes=folder.classes,
+        mirrored=args.flip, files=folder.fingerprint, source=str(args.source),
     )  # fmt: skip
     vae, stored = None, np.asarray
     if args.vae:

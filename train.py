@@ -43,15 +43,16 @@ import fid
 import meanflow
 import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
 import schedules
-from model import CONDITIONINGS, CONFIGS, build
+from model import CONDITIONINGS, CONFIGS, UNETS, build
 from sample import CHECKPOINT_FORMAT, draw, keyed_generator, read_checkpoint, read_network
 
 # ---------------------------------------------------------------------------- recipes
 
 # The default datasets, and what --dry-run and --bench assume where they do not exist.
-GLYPHS, IMAGENET = "data/glyphs", "data/imagenet"
+GLYPHS, CIFAR, IMAGENET = "data/glyphs", "data/cifar10", "data/imagenet"
 ASSUMED = {
     GLYPHS: dict(count=20_000, shape=(1, 16, 16), classes=range(10), vae=False),
+    CIFAR: dict(count=50_000, shape=(3, 32, 32), classes=[], vae=False),
     IMAGENET: dict(count=1_281_167, shape=(4, 32, 32), classes=range(1000), vae=True),
 }
 
@@ -61,12 +62,17 @@ PAPER = dict(
     epochs=240, batch_size=256, lr=1e-4, warmup=0, adam_beta2=0.95, ema_decay=0.9999,
     label_drop=0.1, omega=1.0, kappa=0.5, cfg_interval=(0.0, 1.0), r_neq_t=0.25,
     time_sampler="lognorm", time_mu=-0.4, time_sigma=1.0, conditioning="t,t-r", adaptive_p=1.0,
-    tangent=(0.0, 1.0), data=IMAGENET, workers=4, log_every=100, sample_every=5000, save_every=5000,
+    tangent=(0.0, 1.0), augment=False, data=IMAGENET, workers=4, log_every=100, sample_every=5000,
+    save_every=5000,
 )  # fmt: skip
 RECIPES = {name: {} for name in CONFIGS} | {
     "L/2":   dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.8)),
     "XL/2":  dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.75)),
     "XL/2+": dict(epochs=1000, cfg_interval=(0.3, 0.8)),
+    # arXiv 2505.13447v1, App. A: unconditional CIFAR-10 in pixels, 800,000 steps.
+    "unet":  dict(epochs=16384, batch_size=1024, lr=6e-4, warmup=10_000, adam_beta2=0.999,
+                  ema_decay=0.99995, time_mu=-2.0, time_sigma=2.0, r_neq_t=0.75, adaptive_p=0.75,
+                  kappa=0.0, augment=True, data=CIFAR),
     # differs: ours, for the built-in digits; short, so with a fast learning rate and a short EMA.
     "tiny":  dict(epochs=5, batch_size=64, lr=4e-3, warmup=100, ema_decay=0.996, data=GLYPHS,
                   workers=0, log_every=100, sample_every=200, save_every=500),
@@ -103,7 +109,7 @@ def number(kind, accepts, what):
 def parse_args(argv=None):
     """The arguments; those not given come from the recipe of the --model given."""
     only_model = argparse.ArgumentParser(prog="train.py", add_help=False, allow_abbrev=False)
-    only_model.add_argument("--model", choices=CONFIGS, default="tiny", help="network and recipe")
+    only_model.add_argument("--model", choices=RECIPES, default="tiny", help="network and recipe")
     parser = argparse.ArgumentParser(
         prog="train.py", description=__doc__.splitlines()[0], parents=[only_model],
         allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter,
@@ -145,6 +151,7 @@ def parse_args(argv=None):
     add("--omega", type=finite, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
     add("--kappa", type=finite, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
     add("--cfg-interval", type=share, nargs=2, metavar=("LO", "HI"), help="guided where t is in it")
+    add("--augment", action=switch, help="random mirroring, scale, stretch, shift; unet only")
     add("--label-drop", type=share, help="probability of the null label")
     add("--adaptive-p", type=finite, help="power of the adaptive weight, Eq. 22; 0 is plain L2")
     add("--adaptive-c", type=positive, default=1e-3, help="constant of the adaptive weight")
@@ -197,6 +204,8 @@ def parse_args(argv=None):
         (untrained, "--label-drop 0 never trains the null label, which this guidance needs"),
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
         (lo >= hi, "--cfg-interval LO HI needs LO < HI; --omega 1 --kappa 0 is no guidance"),
+        (args.augment and args.model not in UNETS, "--augment is for --model unet alone"),
+        (args.augment and guided, "--augment excludes guidance: --omega 1 --kappa 0"),
         (args.gap and args.gap[0] >= args.gap[1], "--gap LO HI needs LO < HI"),
         (args.gap and args.accel == "dtd", "--gap excludes --accel dtd: both set the times"),
         (args.accel != "none" and args.r_neq_t == 1, "--r-neq-t 1 has no r = t: use --accel none"),
@@ -280,9 +289,9 @@ def main(args):
         shared.fail(f"--model {args.model}: {error}")
     if args.init_from and not saved:
         given = read_network(args.init_from, args.conditioning)
-        theirs = given["args"]
+        theirs, networks = given["args"], CONFIGS | UNETS
         for name, same in [
-            ("model", CONFIGS[theirs["model"]] == CONFIGS[args.model]),
+            ("model", networks[theirs["model"]] == networks[args.model]),
             ("conditioning", theirs["conditioning"] == args.conditioning),
         ]:
             if not same:
@@ -304,7 +313,7 @@ def main(args):
         say(json.dumps(vars(args), indent=1))
         return
     net.to(device)
-    ema = copy.deepcopy(net).requires_grad_(False)
+    ema = copy.deepcopy(net).requires_grad_(False).eval()
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
     stateful = {"net": net, "ema": ema, "optimizer": optimizer, "dtd": dtd}
@@ -353,6 +362,7 @@ def main(args):
     )  # fmt: skip
     if reason := meanflow.why_not_carried(net, meta["shape"]):
         say(f"note: du/dt by torch.func.jvp, which is slower; see RULES in meanflow.py: {reason}")
+    torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
     for block in net.blocks:
         if args.activation_checkpointing:
             block.forward = partial(meanflow.checkpointed, block.forward)
@@ -460,10 +470,15 @@ def main(args):
         stats = torch.zeros(4 + 2 * len(GAPS), device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
+            torch.manual_seed(generator.initial_seed())  # of dropout
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
             x = shared.network_input(images, meta, generator)  # (B, C, H, W)
+            if args.augment:
+                x, labels = shared.augment(x, generator)  # (B, C, H, W), (B, 6)
             e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
             y = meanflow.drop_labels(y, net.null_label, args.label_drop, generator)  # (B,)
+            if args.augment:
+                y = torch.cat([y[:, None].float(), labels], dim=1)  # (B, 7)
             mass = dtd.mass if args.accel == "dtd" else 1.0
             t, r = schedules.sample_t_r(num_eq, num_neq, quantile, mass, pairs, generator)  # (B,)
             weight = torch.ones_like(t)  # (B,)
