@@ -269,8 +269,10 @@ class UNet(nn.Module):
         """
         waves = [fourier(time) for time in self.time_variables(r, t)]  # (B, 256) each
         c = torch.cat(waves, dim=-1)
+        augmentation = torch.zeros(z.shape[0], 6, dtype=t.dtype, device=z.device)
         if y is not None and len(y.shape) == 2:
-            c, y = c + self.augment_embed(y[:, 1:]), y[:, 0].long()
+            augmentation, y = y[:, 1:], y[:, 0].long()
+        c = c + self.augment_embed(augmentation)
         if self.num_classes:
             c = c + self.label_embed(y)
         c = self.time_embed(c)  # (B, D)

@@ -53,7 +53,7 @@ def read_checkpoint(path):
 def read_network(path, conditioning="t,t-r"):
     """A checkpoint of train.py, an exported one, or what stands for one: public weights."""
     state = shared.load_weights(path)
-    if "patch_embed.weight" in state:
+    if any(name.startswith("time_embed.") for name in state):  # our name
         return read_checkpoint(path)
     return from_public(state, path, conditioning)
 

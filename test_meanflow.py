@@ -28,6 +28,8 @@ import numpy as np
 import pytest
 import scipy.integrate
 import scipy.linalg
+import scipy.ndimage
+import scipy.signal
 import scipy.stats
 import torch
 import torch.nn.functional as F
@@ -49,7 +51,7 @@ import sample
 import schedules
 import train
 from meanflow import LINEAR, RULES, Dual, Objective, WithTangent
-from model import CONDITIONINGS, CONFIGS, DiT, build, sincos_positions, sinusoids
+from model import CONDITIONINGS, CONFIGS, UNETS, DiT, UNet, build, sincos_positions, sinusoids
 
 torch.set_num_threads(1)  # the tensors are tiny
 HERE = Path(__file__).parent
@@ -320,6 +322,7 @@ def test_a_step_costs_no_more_than_its_parts_need(name, more):
 
 
 WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
+KERNEL = torch.linspace(-1, 1, 36, dtype=torch.float64).view(2, 2, 3, 3)
 
 
 def labels(a):
@@ -344,6 +347,11 @@ RULE_CASES = {  # a function of three values (B, 2, 6, 4), by the name of its ru
     "gelu": lambda a, b, c: F.gelu(a, approximate="tanh") + F.gelu(b),
     "softmax": lambda a, b, c: a.softmax(-1) * torch.softmax(b, 1) * F.softmax(c, dim=2),
     "linear": lambda a, b, c: F.linear(a, WEIGHT, WEIGHT[:, 0]) + F.linear(b, WEIGHT),
+    "conv2d": lambda a, b, c: F.conv2d(a, KERNEL, KERNEL[0, 0, 0, :2], padding=1),
+    "conv_transpose2d": lambda a, b, c: F.conv_transpose2d(a, KERNEL, KERNEL[0, 0, 0, :2], 2, 1),
+    "group_norm": lambda a, b, c: (
+        F.group_norm(a, 2) + F.group_norm(b * c, 1, KERNEL[0, 0, 0, :2], KERNEL[1, 0, 0, :2], 0.1)
+    ),
     "layer_norm": lambda a, b, c: F.layer_norm(a, (4,), *WEIGHT[:2]) + F.layer_norm(b, (6, 4)),
     "rms_norm": lambda a, b, c: F.rms_norm(a, (4,), WEIGHT[0], 0.1) + F.rms_norm(b, (6, 4)),
     "scaled_dot_product_attention": F.scaled_dot_product_attention,
@@ -695,6 +703,256 @@ def test_the_curriculum_moves_on_where_progress_ends_and_by_its_cap_at_last(loss
         dtd.update(torch.tensor(float(loss)), step)
         assert dtd.stage == stages[step]
         assert dtd.mass == stages[step] / 4
+
+
+# ---------------------------------------------------------------------------- the U-Net
+
+
+def small_unet(classes=0):
+    torch.manual_seed(0)
+    net = UNet(3, 8, classes, depth=2, width=32).double()
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3
+            nn.init.normal_(parameter, std=std)
+    return net
+
+
+def unet_of_the_paper(net, z, r, t, y):
+    """arXiv 2505.13447v1, App. A, by functions of its weights, for two blocks at each size."""
+    w, wide = dict(net.state_dict()), 64
+
+    def conv(name, x):
+        return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding="same")
+
+    def linear(name, x):
+        return x @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+    def norm(name, x):
+        groups = x.unflatten(1, (32, -1))
+        centred = groups - groups.mean((2, 3, 4), keepdim=True)
+        x = (centred / (centred.square().mean((2, 3, 4), keepdim=True) + 1e-6).sqrt()).flatten(1, 2)
+        return x * w[f"{name}.weight"][:, None, None] + w[f"{name}.bias"][:, None, None]
+
+    def resample(x, up):  # the filter begins before the first value, where there are zeros
+        for axis in (2, 3):
+            line, n = np.array([1, 3, 3, 1]) / (4 if up else 8), x.shape[axis]
+            wave = scipy.signal.upfirdn(line, x, 2 if up else 1, axis=axis)
+            first, step, count = (1, 1, 2 * n) if up else (2, 2, n // 2)
+            picks = np.arange(first, first + step * count, step)
+            x = torch.from_numpy(np.take(wave, picks, axis))
+        return x
+
+    def block(number, x, c, outputs=wide, attention=False, how=None):
+        name = f"blocks.{number}"
+        sized = (lambda h: h) if how is None else (lambda h: resample(h, how == "up"))
+        h = conv(f"{name}.conv1", sized(F.silu(norm(f"{name}.norm1", x))))
+        h = h + linear(f"{name}.shift", c)[:, :, None, None]
+        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
+        x = sized(x) if how is None and x.shape[1] == outputs else conv(f"{name}.skip", sized(x))
+        x = (h + x) / math.sqrt(2)
+        if attention:
+            q, k, v = conv(f"{name}.qkv", norm(f"{name}.norm3", x)).flatten(2).chunk(3, 1)
+            p = (q.mT @ k / outputs**0.5).softmax(-1)  # (B, H W, H W)
+            x = (x + conv(f"{name}.proj", (v @ p.mT).view(x.shape))) / math.sqrt(2)
+        return x
+
+    frequencies = torch.from_numpy(10000 ** (-np.arange(128) / 127))
+    angles = torch.stack([t, t - r], 1)[..., None] * frequencies  # (B, 2, 128)
+    waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
+    c = waves + y[:, 1:] @ w["augment_embed.weight"].T
+    c = c + w["label_embed.weight"][y[:, 0].long()]
+    c = F.silu(linear("time_embed.2", F.silu(linear("time_embed.0", c))))
+    h = [conv("conv_in", z)]
+    for number, (attention, how) in enumerate(
+        [(0, None)] * 2 + [(0, "down")] + [(1, None)] * 2 + [(0, "down")] + [(0, None)] * 2
+    ):
+        h.append(block(number, h[-1], c, attention=attention, how=how))
+    x = block(9, block(8, h[-1], c, attention=True), c)
+    for first, last in [(10, 12), (13, 16), (17, 20)]:
+        for number in range(first, last + 1):
+            if number in (13, 17):
+                x = block(number, x, c, how="up")
+            else:
+                x = block(number, torch.cat([x, h.pop()], 1), c, attention=number == 16)
+    assert not h
+    return conv("conv_out", F.silu(norm("norm_out", x)))
+
+
+def test_the_unet_is_the_papers():
+    """55.9 M parameters and 42.4 GFLOP a forward, of two for a product and its sum."""
+    torch.manual_seed(0)
+    net = build("unet", dict(shape=(3, 32, 32), classes=[]))
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 55_932_419
+    batch = torch.randn(1, 3, 32, 32), torch.tensor([0.2]), torch.tensor([0.7]), torch.tensor([0])
+    with FlopCounterMode(display=False) as flops, torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        u = net(*batch)
+    assert flops.get_total_flops() == pytest.approx(42.4e9, rel=0.001)
+    assert 5e-6 < u.std() < 1.5e-5
+
+
+def test_the_unet_equals_its_formulas():
+    net = small_unet(classes=5).eval()
+    g = torch.Generator().manual_seed(0)
+    z, y = torch.randn(3, 3, 8, 8, generator=g).double(), torch.randn(3, 7, generator=g).double()
+    r, t, y[:, 0] = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.9, 0.5, 0.3]), torch.arange(3)
+    with torch.no_grad():
+        r, t = r.double(), t.double()
+        ours, theirs = net(z, r, t, y), unet_of_the_paper(net, z, r, t, y)
+        assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+        y[:, 1:] = 0
+        assert_close(net(z, r, t, y), net(z, r, t, y[:, 0].long()))
+
+
+@pytest.mark.parametrize("carried", [True, False])
+@pytest.mark.parametrize("augmented", [True, False])
+def test_dropout_has_one_mask_for_u_and_its_derivative(carried, augmented):
+    """The gradient is the one of the printed algorithm, which runs the network once."""
+    net, g = small_unet(classes=3), torch.Generator().manual_seed(0)
+    x, e = torch.randn(2, 8, 3, 8, 8, generator=g, dtype=torch.float64)
+    t, r = (a.double() for a in schedules.sample_t_r(2, 6, LOGNORM, generator=g))
+    y = torch.arange(8) % 3
+    if augmented:
+        y = torch.cat([y[:, None], torch.randn(8, 6, generator=g)], 1).double()
+
+    def gradient(step):
+        torch.manual_seed(5)
+        return gradients(net, step()[0])
+
+    expected = gradient(lambda: meanflow.textbook_loss(net, x, e, r, t, y))
+    ours = gradient(lambda: meanflow.loss(WithTangent(net, carried), x, e, r, t, y, 6))
+    assert_same(ours, expected)
+    torch.manual_seed(6)
+    other = gradients(net, meanflow.textbook_loss(net, x, e, r, t, y)[0])
+    assert (other[0] - expected[0]).norm() > 0.01 * expected[0].norm()
+    assert meanflow.why_not_carried(net.float(), (3, 8, 8)) == ""
+
+
+@pytest.mark.slow
+def test_a_step_of_the_unet_costs_what_its_parts_need():
+    """In forwards, at the paper's share of r < t."""
+    net = build("unet", dict(shape=(3, 32, 32), classes=[]))
+    (x, e), y = torch.randn(2, 8, 3, 32, 32), torch.zeros(8, dtype=torch.long)
+    t, r = schedules.sample_t_r(2, 6, LOGNORM)
+
+    def cost(loss, memory):
+        with FlopCounterMode(display=False) as flops, sdpa_kernel(SDPBackend.MATH), memory:
+            loss()[0].backward()
+        net.zero_grad()
+        return flops.get_total_flops()
+
+    memory = PeakMemory(), PeakMemory(), contextlib.nullcontext()
+    base = cost(lambda: meanflow.loss(WithTangent(net), x, e, t, t, y, 0), memory[0])
+    ours = cost(lambda: meanflow.loss(WithTangent(net), x, e, r, t, y, 6), memory[1])
+    textbook = cost(lambda: meanflow.textbook_loss(net, x, e, r, t, y), memory[2])
+    larger = memory[1].peak / memory[0].peak
+    print("unet: forwards", 3 * ours / base, "textbook", 3 * textbook / base, "memory", larger)
+    assert 3 * ours / base <= 3.85 < 3 * textbook / base
+    assert larger <= 1.15
+
+
+def test_augmentation_moves_pictures_as_its_labels_say(monkeypatch):
+    """On a smooth picture, against scipy's splines; whole pixels, and no transform, exactly."""
+    place = torch.arange(32.0)
+    wave = (0.2 * place[:, None] + 0.3).sin() * (0.15 * place[None] - 0.4).cos()
+    x = torch.stack([wave, wave.T])[None].repeat(4000, 1, 1, 1)
+    moved, labels = prepare_latents.augment(x, torch.Generator().manual_seed(0))
+    plain = (labels[:, 1:] == 0).all(1)
+    assert 0.6 < plain.float().mean() < 0.75
+    for i in range(400):
+        _, scale, sx, sy, dx, dy = labels[i].double().tolist()
+        angle, shift = math.atan2(sy, sx), 4 * np.array([dy, dx])
+        rotate = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        found = []
+        for source in (x[0], x[0].flip(-1)):
+            for w in (math.hypot(sx, sy), -math.hypot(sx, sy)):  # labels do not tell its sign
+                matrix = rotate.T @ np.diag([2 ** (-0.2 * w), 2 ** (0.2 * w)]) @ rotate
+                matrix = matrix[::-1, ::-1] / 2 ** (0.2 * scale)  # of rows, then columns
+                move = partial(scipy.ndimage.affine_transform, matrix=matrix, mode="mirror")
+                offset = 15.5 - matrix @ (15.5 + shift)
+                expected = np.stack([move(c.double().numpy(), offset=offset) for c in source])
+                found.append(np.abs(moved[i].numpy() - expected).max())
+        assert min(found) < (2e-5 if plain[i] else 0.05), labels[i]
+    monkeypatch.setattr(torch, "randn", lambda *shape, **_: torch.ones(shape))  # a shift of 4
+    chance = torch.full((6, 1), 0.5)
+    chance[5] = 0
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: chance if len(shape) == 2 else chance[0])
+    moved, _ = prepare_latents.augment(x[:1], None)
+    assert_close(moved[0, :, 4:, 4:], x[0, :, :-4, :-4], rtol=0, atol=2e-5)
+
+
+def test_augmentation_has_the_shares_of_edm():
+    x = torch.zeros(100_000, 1, 2, 2)
+    _, labels = prepare_latents.augment(x, torch.Generator().manual_seed(0))
+    shares = (labels != 0).double().mean(0)
+    expected = torch.tensor([0.5, 0.12, 0.12, 0.06, 0.12, 0.12]).double()
+    assert_close(shares, expected, rtol=0, atol=0.004)
+    assert set(labels[:, 0].tolist()) == {0, 1}
+    for column in (
+        labels[:, 1],
+        labels[:, 2:4].norm(dim=1) * labels[:, 2].sign(),
+        *labels[:, 4:].T,
+    ):
+        drawn = column[column != 0].numpy()
+        assert abs(drawn.std() - 1) < 0.03
+    straight = labels[:, 2].ne(0) & labels[:, 3].eq(0)
+    assert straight.double().mean() == pytest.approx(0.06, abs=0.004)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_cifars_binary_version_becomes_a_dataset(tmp_path, capsys, kind):
+    """A byte for the label and 3,072 for the picture, by channels and rows."""
+    rng, source = np.random.default_rng(0), tmp_path / "cifar-10-batches-bin"
+    source.mkdir()
+    records = rng.integers(0, 256, (12, 3073), np.uint8)
+    records[:, 0] = [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 9, 0]
+    records[:7].tofile(source / "data_batch_1.bin")
+    records[7:].tofile(source / "data_batch_2.bin")
+    records[:1].tofile(source / "test_batch.bin")
+    if kind == "tar":
+        shutil.make_archive(source, "gztar", tmp_path, source.name)
+        source = tmp_path / "cifar-10-batches-bin.tar.gz"
+    data = prepare(source, tmp_path / "labelled")
+    assert_equal = np.testing.assert_array_equal
+    assert_equal(data.images, records[:, 1:].reshape(12, 3, 32, 32))
+    assert_equal(data.labels, records[:, 0])
+    assert data.meta["classes"][9] == "truck"
+    plain = prepare(source, tmp_path / "plain", "--unconditional", "--flip")
+    assert_equal(plain.images[12:], data.images[..., ::-1])
+    assert (plain.meta["classes"], plain.labels.max(), plain.epoch_length) == ([], 0, 12)
+    if kind == "folder":
+        os.truncate(source / "data_batch_2.bin", 100)
+    else:
+        os.truncate(source, 5000)
+    words = "no whole data_batch_2.bin" if kind == "folder" else "is no whole tar file"
+    refusal(capsys, 1, words, prepare_latents, source, "--out", tmp_path / "none")
+
+
+@pytest.mark.slow
+def test_the_unet_trains_augmented_and_resumes_with_the_same_bits(tmp_path, monkeypatch):
+    monkeypatch.setitem(UNETS, "unet", (1, 32))
+    images = np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), np.uint8)
+    meta = prepare_latents.pixel_meta(count=64, shape=[3, 8, 8], classes=[], source="", files="")
+    (tmp_path / "data").mkdir()
+    writer = prepare_latents.DatasetWriter(tmp_path / "data", meta)
+    writer.write(0, images, np.zeros(64))
+    writer.finish()
+    flags = ["--model", "unet", "--micro-batch-size", 4, "--warmup", 0]
+    run(tmp_path / "data", tmp_path / "whole", *flags, "--steps", 4)
+    loss, calls = meanflow.loss, iter(range(99))
+
+    def interrupted(*args):
+        if next(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(meanflow, "loss", interrupted)
+        with pytest.raises(SystemExit):
+            run(tmp_path / "data", tmp_path / "stopped", *flags, "--steps", 4)
+    run(tmp_path / "data", tmp_path / "stopped", *flags, "--steps", 4)
+    same_run(tmp_path / "whole", tmp_path / "stopped")
+    sampled(tmp_path / "whole" / "last.pt", tmp_path / "x.png", "--num", 4)
 
 
 # ---------------------------------------------------------------------------- data and VAE
