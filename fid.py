@@ -151,10 +151,11 @@ class Statistics:
 
     @torch.no_grad()
     def add(self, images, indices):
-        """images (B, 3, H, W) uint8, on any rank, in any order; indices (B,) give their splits."""
+        """images (B, C, H, W) uint8, C 1 or 3, on any rank, in any order; their indices (B,)."""
         weight = self.net.fc.weight
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # full float32
-            features = self.net(images.to(weight.device, non_blocking=True)).double()
+            images = images.to(weight.device, non_blocking=True).expand(-1, 3, -1, -1)
+            features = self.net(images).double()
         p = (features @ weight.double().T).softmax(1)  # no bias, as in the score's original code
         split = torch.as_tensor(indices).to(weight.device) // SPLIT
         self.x += features.sum(0)
@@ -240,7 +241,7 @@ def load_images(path):
 class Pictures:
     """The images of an .npz, of a pixel dataset, or of a folder and its sub-folders.
 
-    pictures[indices] is a batch (B, 3, H, W) uint8, or a str that says why there is none.
+    pictures[indices] is a batch (B, 1 or 3, H, W) uint8, or a str that says why there is none.
     """
 
     def __init__(self, path, crop=None):
@@ -266,7 +267,7 @@ class Pictures:
                 raise ValueError("the images have several sizes; pass --crop SIZE")
         except ValueError as error:  # a worker cannot end the script
             return str(error)
-        return torch.from_numpy(np.stack(batch)).expand(-1, 3, -1, -1)
+        return torch.from_numpy(np.stack(batch))
 
 
 def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=128):

@@ -239,7 +239,7 @@ class WithTangent(nn.Module):
             u, dudt = u.value, u.tangent
         else:
             # With dropout, u and du/dt need the same mask: the same numbers, and so all the batch.
-            drops = any(isinstance(m, nn.Dropout) and m.training for m in self.net.modules())
+            drops = any(isinstance(m, nn.Dropout) and m.training for m in self.modules())
             devices = [z.device] if z.is_cuda else []
             with torch.random.fork_rng(devices) if drops else nullcontext():
                 u = self.net(z, r, t, y)

@@ -202,6 +202,8 @@ class DatasetWriter:
         if (labels == EMPTY).any():
             fail(f"{self.out} has rows that were not written; run the command again")
         found, shape = labels[labels >= 0], tuple(self.meta["shape"])
+        if not len(found):
+            fail(f"{self.meta['source']} holds no readable picture")
         if not self.complete:
             kinds = np.unique(found)[:10]
             each = 1 if vae else 5  # to decode a latent takes a while on a CPU
@@ -227,6 +229,8 @@ def read_image(path, size=None):
     try:
         with Image.open(path) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode == "F":
+                raise ValueError("floating-point pixels have no known range")
             if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")  # drops transparency
@@ -541,6 +545,10 @@ def parse_args(argv=None):
     args.size = args.size or (16 if glyphs else 256 if args.vae else 32)
     if min(args.size, args.count, args.batch_size) < 1 or min(args.workers, args.seed) < 0:
         parser.error("--size, --count and --batch-size start at 1, --workers and --seed at 0")
+    if glyphs and (args.vae or args.flip or args.unconditional):
+        parser.error("--vae, --flip and --unconditional are not for glyphs")
+    if Path(args.source, "meta.json").exists():
+        parser.error(f"{args.source} is a dataset already; give a folder of images")
     if not glyphs and not Path(args.source).exists():
         parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of images")
     return args
@@ -724,6 +732,8 @@ def load_weights(path):
         for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
             state = state.get(name, state)
         return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}")
     except pickle.UnpicklingError:
         way = 'torch.save(torch.load(FILE, weights_only=False)["ema"], "ema.pt")'
         fail(f"{path} is damaged, or more than tensors; if you trust it, read the ema.pt of {way}")

@@ -51,7 +51,7 @@ def read_checkpoint(path):
 
 
 def read_network(path, conditioning="t,t-r"):
-    """A checkpoint of train.py, an exported one, or what stands for one: public weights."""
+    """The checkpoint of train.py or --export in a file, or a dict like it of public weights."""
     state = shared.load_weights(path)
     if any(name.startswith("time_embed.") for name in state):  # our name
         return read_checkpoint(path)
@@ -60,12 +60,13 @@ def read_network(path, conditioning="t,t-r"):
 
 @torch.no_grad()
 def from_public(state, path, conditioning):
-    """What stands for a checkpoint, from public weights under DiT's names; else ends the script.
+    """A dict with the keys of a checkpoint, from public weights under DiT's names.
 
     Weights of MeanFlow have a second time embedder, whose name tells the conditioning. SiT's (flow
     matching, arXiv 2401.08740) lack it and have twice the output channels. SiT's time is 1 - t and
     its velocity x - e, so u(z, r, t) = -SiT(z, 1 - t), which is folded into the weights. Embedders
-    of other times than t, which `conditioning` asks for, start at 0.
+    of other times than t, which `conditioning` asks for, start at 0. Ends the script where the
+    weights do not fit.
     """
     ours = {}
     for name, value in state.items():
@@ -197,6 +198,8 @@ def parse_args(argv=None):
     if bool(args.out) == bool(args.export):
         parser.error("name either an --out for pictures or an --export for the network")
     if args.export:
+        if not args.export.parent.is_dir():
+            parser.error(f"--export {args.export}: {args.export.parent} is no directory")
         return args
     args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
     if not args.kind and suffix in shared.IMAGE_SUFFIXES:
@@ -218,7 +221,9 @@ def main(args):
         args_kept = {name: checkpoint["args"][name] for name in ("model", "conditioning")}
         kept = {name: checkpoint[name] for name in ("ema", "meta", "step")}
         kept |= dict(args=args_kept, format=CHECKPOINT_FORMAT)
-        shared.replace_file(args.export, partial(torch.save, kept))
+        if rank == 0:
+            shared.replace_file(args.export, partial(torch.save, kept))
+        shared.leave_ranks()
         return
     out, kind, num = args.out, args.kind, args.num
     net, meta = net.to(device), checkpoint["meta"]
@@ -276,11 +281,12 @@ def main(args):
     shared.wait_for_all()
 
     if kind and rank == 0 and not complete:
-        parts = [np.load(*files_of(batch, folder, kind), mmap_mode="r") for batch in batches]
-        c, h, w = parts[0].shape[1:]
+        c, h, w = np.load(*files_of(batches[0], folder, kind)).shape[1:]
         # On the disk, since 50,000 pictures may not fit in memory.
         whole = np.lib.format.open_memmap(folder / "whole.npy", "w+", np.uint8, (num, h, w, c))
-        np.concatenate([part.transpose(0, 2, 3, 1) for part in parts], out=whole)
+        for batch in batches:
+            part = np.load(*files_of(batch, folder, kind))
+            whole[batch.start : batch.stop] = part.transpose(0, 2, 3, 1)
         if kind == ".npz":
             shared.replace_file(out, partial(np.savez, arr_0=whole, settings=settings))
         else:

@@ -1055,6 +1055,10 @@ def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, 
     assert re.search("[12] of 3 pictures are done already", out)
     assert re.search(r"skipped: .*3\.png", err)
     assert (len(data), data.images[:2].min(), data.images[:2].max()) == (2, 77, 77)
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "3.png").rename(tmp_path / "bad" / "3.png")
+    with pytest.raises(SystemExit, match="bad holds no readable picture"):
+        prepare(tmp_path / "bad", tmp_path / "none", "--skip-unreadable")
 
 
 def random_vae(path, widths=(32, 32, 32, 64), seed=0):
@@ -1542,8 +1546,11 @@ BAD_INPUT = [
     (1, "train --out half", "half/last.pt is no whole checkpoint"),
     (1, "train --init-from last.pt --conditioning t,r", "last.pt has --conditioning t"),
     (1, "train --init-from last.pt --model S/4", "last.pt has --model tiny"),
-    (1, "train --init-from nothing.pt", "nothing.pt is no whole file of weights"),
+    (1, "train --init-from nothing.pt", "nothing.pt: No such file"),
     (2, "prepare_latents nowhere --out x", "nowhere is no folder"),
+    (2, "prepare_latents good --out x", "good is a dataset already"),
+    (2, "prepare_latents glyphs --flip --out x", "are not for glyphs"),
+    (2, "sample last.pt --export nowhere/x.pt", "nowhere is no directory"),
     (1, "prepare_latents mixed --out x", "2.png among them, beside folders"),
     (1, "prepare_latents images --vae vae.pt --size 20 --out x", "--size 20 is no multiple of 8"),
     (1, "train --data images", "images holds no whole dataset"),
@@ -1579,7 +1586,7 @@ BAD_INPUT = [
     (1, "train --batch-size 1", "--r-neq-t 0.25 of 1 is none or all"),
     (1, "train --accel none --gap 0.9999 1", "--gap"),
     (1, "train --model S/4 --data tens", "--model S/4: pictures of size 10 do not"),
-    (1, "train --vae nothing.pt", "nothing.pt is no whole file of weights"),
+    (1, "train --vae nothing.pt", "nothing.pt: No such file"),
     (1, "sample run/last.pt --out x", "run/last.pt is damaged, or more than tensors"),
     (1, "prepare_latents images --vae run/last.pt --out x", "run/last.pt is damaged, or more"),
     (1, "prepare_latents images --vae old.pt --out x", "old.pt is damaged, or more"),

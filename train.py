@@ -240,8 +240,8 @@ def main(args):
 
     # Data, and how a global batch divides into micro-batches.
     missing = args.data in ASSUMED and not Path(args.data, "meta.json").exists()
-    if missing and trains and args.data == GLYPHS:
-        if rank == 0:
+    if trains and args.data == GLYPHS:
+        if missing and rank == 0:
             shared.write_glyphs(GLYPHS)
         shared.wait_for_all()
     data = None if missing and not trains else shared.Dataset(args.data)
@@ -329,7 +329,7 @@ def main(args):
     if bool(vae) != bool(meta["vae"]) and (vae or args.fid_every):
         holds = "latents: name" if meta["vae"] else "pixels: leave out"
         shared.fail(f"--data {args.data} holds {holds} --vae")
-    if vae and vae.fingerprint() != meta["vae"]:
+    if data and vae and vae.fingerprint() != meta["vae"]:
         say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
     if args.fid_every:
         inception = fid.load_inception(args.inception).to(device)
@@ -599,13 +599,16 @@ def append_row(out, row):
 
 
 def forget_after(out, step):
-    """Drop the metrics after `step`, from which a run resumes."""
+    """Drop metrics and pictures after `step`, from which a run resumes."""
     path, kept = out / "metrics.jsonl", []
     for row in path.read_text().splitlines() if path.exists() else []:
         if not row.endswith("}") or json.loads(row)["step"] > step:  # later, or cut by a kill
             break
         kept.append(row + "\n")
     shared.replace_file(path, lambda file: file.write("".join(kept).encode()))
+    for picture in (out / "samples").glob("*.png"):
+        if int(picture.stem) > step:
+            picture.unlink()
 
 
 def save_progress(samples, path, rows=10):
@@ -623,7 +626,7 @@ def save_progress(samples, path, rows=10):
 
 
 class OneStepSamples:
-    """Pictures as fid.py's: samples[indices] draws those, (B, 3, H, W) uint8, balanced in class."""
+    """Pictures as fid.py's: samples[indices] draws those, (B, C, H, W) uint8, balanced in class."""
 
     def __init__(self, net, vae, scale, num):
         self.net, self.vae, self.scale, self.rows, self.files = net, vae, scale, range(num), []
@@ -631,7 +634,7 @@ class OneStepSamples:
     def __getitem__(self, indices):
         labels = [i % max(self.net.num_classes, 1) for i in indices]
         pixels = shared.to_pixels(draw(self.net, labels, indices), self.vae, self.scale)
-        return torch.from_numpy(pixels).expand(-1, 3, -1, -1)
+        return torch.from_numpy(pixels)
 
 
 # ---------------------------------------------------------------------------- --bench
@@ -724,13 +727,15 @@ def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, b
     if meta["vae"]:
         say(f"decoding: {len(few) / median['decoding']:.4g} pictures/s")
     if batches is not None:
-        read, begin = 0, None
+        for _ in range(2 * args.workers + 1):  # the workers have read these already
+            next(batches, None)
+        read, begin, now = 0, time.perf_counter(), 0
         for images, _ in batches:
-            now = time.perf_counter()
-            begin, read = (begin, read + len(images)) if begin else (now, 0)  # workers are up
+            read, now = read + len(images), time.perf_counter()
             if now > begin + 5:
                 break
-        say(f"the loader alone, {args.workers} workers: {read / (now - begin):.4g} pictures/s")
+        if read:
+            say(f"the loader alone, {args.workers} workers: {read / (now - begin):.4g} pictures/s")
 
 
 if __name__ == "__main__":
