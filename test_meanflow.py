@@ -929,7 +929,7 @@ def test_cifars_binary_version_becomes_a_dataset(tmp_path, capsys, kind):
 
 
 @pytest.mark.slow
-def test_the_unet_trains_augmented_and_resumes_with_the_same_bits(tmp_path, monkeypatch):
+def test_the_unet_trains_augmented_resumed_and_on_two_ranks_alike(tmp_path, monkeypatch):
     monkeypatch.setitem(UNETS, "unet", (1, 32))
     images = np.random.default_rng(0).integers(0, 256, (64, 3, 8, 8), np.uint8)
     meta = prepare_latents.pixel_meta(count=64, shape=[3, 8, 8], classes=[], source="", files="")
@@ -953,6 +953,10 @@ def test_the_unet_trains_augmented_and_resumes_with_the_same_bits(tmp_path, monk
     run(tmp_path / "data", tmp_path / "stopped", *flags, "--steps", 4)
     same_run(tmp_path / "whole", tmp_path / "stopped")
     sampled(tmp_path / "whole" / "last.pt", tmp_path / "x.png", "--num", 4)
+    two = tiny(tmp_path / "data", tmp_path / "two", *flags, "--steps", 4)
+    torch.multiprocessing.spawn(rank_of_a_run, (free_port(), two, tmp_path), 2)
+    for one, other in zip(metrics(tmp_path / "whole"), metrics(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
 
 
 # ---------------------------------------------------------------------------- data and VAE
@@ -1887,6 +1891,7 @@ def rank_of_a_run(rank, port, flags, out, reason=""):
     address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=2)
     os.environ |= {name: str(value) for name, value in address.items()}
     meanflow.why_not_carried = lambda net, shape: reason
+    UNETS["unet"] = (1, 32)
     train.main(train.parse_args(flags))
     counted = torch._dynamo.utils.counters
     torch.save((counted["stats"]["unique_graphs"], counted["graph_break"]), out / f"{rank}.graphs")
