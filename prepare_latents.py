@@ -631,7 +631,7 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the
             fail(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs on this machine")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32
-        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN in gradients: pytorch issue 196678
+        torch.backends.cuda.enable_cudnn_sdp(False)  # NaN in gradients: pytorch#196678
     if world > 1:
         store = next(dist.rendezvous("env://", timeout=timeout))[0]
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
