@@ -396,7 +396,8 @@ def main(args):
     if rank == 0:
         forget_after(out, start)
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
-    classes = np.unique(np.linspace(0, max(net.num_classes - 1, 0), 10).astype(int)).tolist()
+    classes = np.unique(np.linspace(0, net.num_classes - 1, 10).astype(int)).tolist()
+    classes = classes if net.num_classes else [0] * 10
     edges = torch.tensor(EDGES, device=device)
     if args.affinity_every:
         lattices = [
