@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -222,6 +223,11 @@ class WithTangent(nn.Module):
         super().__init__()
         self.net, self.carried = net, carried
 
+    @property
+    def drops(self):
+        """Whether a module draws a dropout mask."""
+        return any(isinstance(m, _DropoutNd) and m.training for m in self.modules())
+
     def forward(self, z, r, t, y, v=None, tangent=(0.0, 1.0)):
         """u (B, C, H, W); with v (m, C, H, W), the velocity of the last m samples, (u, du/dt).
 
@@ -239,14 +245,13 @@ class WithTangent(nn.Module):
             u, dudt = u.value, u.tangent
         else:
             # With dropout, u and du/dt need the same mask: the same numbers, and so all the batch.
-            drops = any(isinstance(m, nn.Dropout) and m.training for m in self.modules())
             devices = [z.device] if z.is_cuda else []
-            with torch.random.fork_rng(devices) if drops else nullcontext():
+            with torch.random.fork_rng(devices) if self.drops else nullcontext():
                 u = self.net(z, r, t, y)
             tangents = v, dr, dt
-            if drops:
+            if self.drops:
                 tangents = [torch.cat([a.new_zeros(n, *a.shape[1:]), a]) for a in tangents]
-            first = 0 if drops else n
+            first = 0 if self.drops else n
             some = tuple(a[first:].clone() for a in (z, r, t))  # torch.compile fails with views
             y = None if y is None else y[first:]
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):

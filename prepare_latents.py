@@ -22,7 +22,9 @@ where x = scale * stored + shift, or for latents x = scale * (mean + std * noise
 """
 
 import argparse
+import gzip
 import hashlib
+import io
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import sys
 import tarfile
 import time
 import zipfile
+import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -150,10 +153,12 @@ def augment(x, generator):
     line = torch.arange(size, device=x.device) - (size - 1) / 2
     places = torch.stack(torch.meshgrid(line, line, indexing="xy"), -1).view(1, -1, 2)
     places = places - size / 8 * torch.stack([dx, dy], 1)[:, None]
-    places = (places @ matrix.mT).view(n, size, size, 2) * 2 / (size - 1)
+    places = (places[:, :, None] * matrix[:, None]).sum(-1)  # no matrix product, for TF32's sake
+    places = places.view(n, size, size, 2) * 2 / (size - 1)
     x = torch.where((mirrored ^ flip)[:, None, None, None], x.flip(-1), x)
     how = dict(mode="bicubic", padding_mode="reflection", align_corners=True)
-    return F.grid_sample(x, places, **how), labels
+    moved = labels[:, 1:].ne(0).any(1)[:, None, None, None]
+    return torch.where(moved, F.grid_sample(x, places, **how), x), labels
 
 
 class DatasetWriter:
@@ -346,30 +351,37 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
 
 
 def read_cifar(source):
-    """(images (N, 3, 32, 32) uint8, labels (N,)) of CIFAR-10's binary version: a record is a byte
-    for the label and 3,072 for the picture. source: its folder, or cifar-10-binary.tar.gz."""
-    pattern, source = "data_batch_*.bin", Path(source)
-    if source.is_dir():
-        files = {path.name: path.read_bytes() for path in source.glob(pattern)}
-    else:
-        try:
-            with tarfile.open(source) as tar:
-                names = [name for name in tar.getnames() if Path(name).match(pattern)]
-                files = {name: tar.extractfile(name).read() for name in names}
-        except (tarfile.TarError, OSError, EOFError) as error:
-            fail(f"{source} is no whole tar file ({error})")
-    bad = [name for name, data in files.items() if len(data) % 3073 or not data]
-    if bad or not files:
-        fail(f"{source} holds no whole {bad[0] if bad else pattern} of CIFAR-10's binary version")
-    records = [np.frombuffer(files[name], np.uint8).reshape(-1, 3073) for name in sorted(files)]
+    """(images (N, 3, 32, 32) uint8, labels (N,)) of the training pictures of CIFAR-10.
+
+    source: cifar-10-binary.tar.gz, or its folder, with data_batch_1.bin to data_batch_5.bin. A
+    record is a byte for the label and 3,072 for the picture.
+    """
+    source, files = Path(source), {}
+    try:
+        if source.is_dir():
+            files = {path.name: path.read_bytes() for path in source.glob("*.bin")}
+        else:  # decompressed whole, which checks its checksum
+            data = io.BytesIO(gzip.decompress(source.read_bytes()))
+            with tarfile.open(fileobj=data) as tar:
+                members = [member for member in tar if member.isfile()]
+                files = {Path(m.name).name: tar.extractfile(m).read() for m in members}
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        fail(f"{source} is no whole .tar.gz file ({error})")
+    names = [f"data_batch_{number}.bin" for number in range(1, 6)]
+    for name in names:
+        if not files.get(name) or len(files[name]) % 3073:
+            fail(f"{source} holds no whole {name} of CIFAR-10's binary version")
+    records = [np.frombuffer(files[name], np.uint8).reshape(-1, 3073) for name in names]
     records = np.concatenate(records)
     if records[:, 0].max() > 9:
-        fail(f"{source} has labels above 9, which CIFAR-10's binary version has not")
+        fail(f"{source} has labels above 9, unlike CIFAR-10")
     return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
 
 
 def write_cifar(args):
-    """The 50,000 training pictures of CIFAR-10, in the order of the files."""
+    """CIFAR-10's training pictures, in the order of the files; with --flip, mirrored ones after."""
+    if args.vae or args.size != 32:
+        fail("--vae and --size are for a folder of images, not for CIFAR-10")
     images, labels = read_cifar(args.source)
     classes = CIFAR_CLASSES
     if args.unconditional:
@@ -563,10 +575,12 @@ def main(args):
     if args.source == "glyphs":
         write_glyphs(args.out, args.count, args.size, args.seed)
         return
-    if Path(args.source).is_file() or [*Path(args.source).glob("data_batch_*.bin")]:
-        write_cifar(args)
-        return
     rank, world, device = join_ranks()
+    if Path(args.source).is_file() or [*Path(args.source).glob("data_batch_*.bin")]:
+        if rank == 0:
+            write_cifar(args)
+        leave_ranks()
+        return
     folder = ImageFolder(args.source, args.size, args.unconditional)
     count = len(folder.files)
     meta = pixel_meta(

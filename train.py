@@ -72,7 +72,7 @@ RECIPES = {name: {} for name in CONFIGS} | {
     # arXiv 2505.13447v1, App. A: unconditional CIFAR-10 in pixels, 800,000 steps.
     "unet":  dict(epochs=16384, batch_size=1024, lr=6e-4, warmup=10_000, adam_beta2=0.999,
                   ema_decay=0.99995, time_mu=-2.0, time_sigma=2.0, r_neq_t=0.75, adaptive_p=0.75,
-                  kappa=0.0, augment=True, data=CIFAR),
+                  kappa=0.0, augment=True, dtype="float32", data=CIFAR),
     # differs: ours, for the built-in digits; short, so with a fast learning rate and a short EMA.
     "tiny":  dict(epochs=5, batch_size=64, lr=4e-3, warmup=100, ema_decay=0.996, data=GLYPHS,
                   workers=0, log_every=100, sample_every=200, save_every=500),
@@ -188,7 +188,7 @@ def parse_args(argv=None):
     # differs: the authors' code trains in float32.
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     recipe = PAPER | RECIPES[only_model.parse_known_args(argv)[0].model]
-    parser.set_defaults(**recipe, dtype="bfloat16" if bfloat16 else "float32")
+    parser.set_defaults(**dict(dtype="bfloat16" if bfloat16 else "float32") | recipe)
     args = parser.parse_args(argv)
 
     args.out = args.out or f"runs/{args.model.replace('/', '-')}-{args.accel}"
@@ -205,7 +205,7 @@ def parse_args(argv=None):
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
         (lo >= hi, "--cfg-interval LO HI needs LO < HI; --omega 1 --kappa 0 is no guidance"),
         (args.augment and args.model not in UNETS, "--augment is for --model unet alone"),
-        (args.augment and guided, "--augment excludes guidance: --omega 1 --kappa 0"),
+        (args.augment and guided, "guidance excludes --augment: --no-augment, or --omega 1 --kappa 0"),
         (args.gap and args.gap[0] >= args.gap[1], "--gap LO HI needs LO < HI"),
         (args.gap and args.accel == "dtd", "--gap excludes --accel dtd: both set the times"),
         (args.accel != "none" and args.r_neq_t == 1, "--r-neq-t 1 has no r = t: use --accel none"),
@@ -247,6 +247,8 @@ def main(args):
     data = None if missing and not trains else shared.Dataset(args.data)
     meta = data.meta if data else ASSUMED[args.data]
     count, epoch = (len(data), data.epoch_length) if data else [meta["count"]] * 2
+    if args.augment and meta["vae"]:
+        shared.fail(f"--augment is for pixels, and {args.data} holds latents: --no-augment")
     micro = args.micro_batch_size or args.batch_size // world
     if not micro or args.batch_size % (micro * world):
         shared.fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x {micro}")
@@ -369,7 +371,9 @@ def main(args):
         if args.compile and not reason:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
     plain = model = meanflow.WithTangent(net, carried=not reason)
-    if args.compile and reason:  # inside a compiled block torch.func.jvp would run uncompiled
+    if (
+        args.compile and reason and not plain.drops
+    ):  # inside a compiled block torch.func.jvp would run uncompiled
         plain.compile(dynamic=False)
     if world > 1:
         torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
@@ -471,7 +475,7 @@ def main(args):
         stats = torch.zeros(4 + 2 * len(GAPS), device=device)
         for chunk in chunks:
             generator = keyed_generator(args.seed, step, chunk, device=device)
-            torch.manual_seed(generator.initial_seed())  # of dropout
+            torch.manual_seed(keyed_generator(args.seed, step, chunk, 1).initial_seed())  # dropout
             images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
             x = shared.network_input(images, meta, generator)  # (B, C, H, W)
             if args.augment:
