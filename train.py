@@ -205,7 +205,7 @@ def parse_args(argv=None):
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
         (lo >= hi, "--cfg-interval LO HI needs LO < HI; --omega 1 --kappa 0 is no guidance"),
         (args.augment and args.model not in UNETS, "--augment is for --model unet alone"),
-        (args.augment and guided, "guidance excludes --augment: --no-augment, or --omega 1 --kappa 0"),
+        (args.augment and guided, "guidance excludes --augment: pass --no-augment"),
         (args.gap and args.gap[0] >= args.gap[1], "--gap LO HI needs LO < HI"),
         (args.gap and args.accel == "dtd", "--gap excludes --accel dtd: both set the times"),
         (args.accel != "none" and args.r_neq_t == 1, "--r-neq-t 1 has no r = t: use --accel none"),
