@@ -290,7 +290,7 @@ def main(args):
         if kind == ".npz":
             shared.replace_file(out, partial(np.savez, arr_0=whole, settings=settings))
         else:
-            columns = count if (count := len(set(labels))) <= 16 else math.isqrt(num)
+            columns = count if 1 < (count := len(set(labels))) <= 16 else math.isqrt(num)
             shared.save_grid(whole.transpose(0, 3, 1, 2), out, columns)
         shutil.rmtree(folder)
     say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")

@@ -1242,6 +1242,8 @@ def test_pictures_without_classes_train_without_guidance_and_are_drawn(tmp_path,
     assert len(state["net"]["label_embed.weight"]) == 1  # the null label's
     drawn = sampled(tmp_path / "run" / "last.pt", tmp_path / "x.npz", "--num", 3)
     assert drawn.shape == (3, 16, 16, 3)
+    grid = sampled(tmp_path / "run" / "last.pt", tmp_path / "x.png", "--num", 9)
+    assert Image.open(grid).size == (3 * 64, 3 * 64)
 
 
 # ---------------------------------------------------------------------------- public weights
