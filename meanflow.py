@@ -244,14 +244,14 @@ class WithTangent(nn.Module):
             u = self.net(Dual(z, v), Dual(r, dr), Dual(t, dt), label)
             u, dudt = u.value, u.tangent
         else:
-            # With dropout, u and du/dt need the same mask: the same numbers, and so all the batch.
-            devices = [z.device] if z.is_cuda else []
-            with torch.random.fork_rng(devices) if self.drops else nullcontext():
+            # One dropout mask for u and du/dt: the JVP draws the same numbers, for the whole batch.
+            drops, devices = self.drops, [z.device] if z.is_cuda else []
+            with torch.random.fork_rng(devices) if drops else nullcontext():
                 u = self.net(z, r, t, y)
-            tangents = v, dr, dt
-            if self.drops:
+            first, tangents = n, (v, dr, dt)
+            if drops:
+                first = 0
                 tangents = [torch.cat([a.new_zeros(n, *a.shape[1:]), a]) for a in tangents]
-            first = 0 if self.drops else n
             some = tuple(a[first:].clone() for a in (z, r, t))  # torch.compile fails with views
             y = None if y is None else y[first:]
             with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
@@ -312,7 +312,7 @@ class Dual:
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         name, kwargs = function.__name__, kwargs or {}
-        if name == "dropout":  # the same for value and tangent
+        if name == "dropout":  # one mask for value and tangent
             kept = function(torch.ones_like(args[0].value), *args[1:], **kwargs)
             return args[0] * Dual(kept, torch.zeros_like(args[0].tangent))
         if name not in RULES and name not in LINEAR:

@@ -6,7 +6,7 @@
     torchrun --nproc_per_node=8 prepare_latents.py IMAGES --out data/imagenet --vae FILE
 
 The last stores the latents of 256x256 images by the VAE of Stable Diffusion (arXiv 2112.10752) in
-FILE. A folder without sub-folders is an unconditional dataset. The same command again resumes. A
+FILE; the same command again resumes. A folder without sub-folders is an unconditional dataset. A
 dataset is a directory with
 
     images.npy   (N, C, H, W) uint8, or for latents (N, 2C, H, W) float16 or float32: mean and
@@ -562,7 +562,7 @@ def parse_args(argv=None):
     if Path(args.source, "meta.json").exists():
         parser.error(f"{args.source} is a dataset already; give a folder of images")
     if not glyphs and not Path(args.source).exists():
-        parser.error(f"{args.source} is no folder; give 'glyphs' or a folder of images")
+        parser.error(f"{args.source} is no folder of images, no file of CIFAR-10 and not 'glyphs'")
     return args
 
 

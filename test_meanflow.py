@@ -1953,6 +1953,14 @@ def test_a_step_never_waits_for_the_device(glyphs, tmp_path, monkeypatch, accel)
     assert not waits & set(mode.names)
 
 
+def test_a_rank_without_a_gpu_is_told_so_in_one_line(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(SystemExit, match="there are 2 GPUs on this machine"):
+        prepare_latents.join_ranks()
+
+
 @pytest.mark.slow
 def test_a_compiled_run_has_a_graph_for_each_way_through_a_block(glyphs, tmp_path):
     """And not for each block, rank, micro-batch or step; on two ranks, with checkpointing."""

@@ -69,7 +69,8 @@ RECIPES = {name: {} for name in CONFIGS} | {
     "L/2":   dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.8)),
     "XL/2":  dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.75)),
     "XL/2+": dict(epochs=1000, cfg_interval=(0.3, 0.8)),
-    # arXiv 2505.13447v1, App. A: unconditional CIFAR-10 in pixels, 800,000 steps.
+    # arXiv 2505.13447v1, App. A: unconditional CIFAR-10 in pixels, 800,000 steps. differs: r = t
+    # for a fixed quarter of a micro-batch; in the authors' code, each sample's chance is 1/4.
     "unet":  dict(epochs=16384, batch_size=1024, lr=6e-4, warmup=10_000, adam_beta2=0.999,
                   ema_decay=0.99995, time_mu=-2.0, time_sigma=2.0, r_neq_t=0.75, adaptive_p=0.75,
                   kappa=0.0, augment=True, dtype="float32", data=CIFAR),
