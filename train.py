@@ -88,6 +88,7 @@ GAPS = [f"{lo}-{hi}" for lo, hi in pairwise(EDGES)]
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 MAY_CHANGE |= {"data", "out", "dry_run", "init_from", "vae", "inception", "fid_ref", "fid_every"}
 MAY_CHANGE |= {"affinity_every", "fid_num", "activation_checkpointing", "bench", "micro_batch_size"}
+MAY_CHANGE |= {"tensorboard"}
 
 GRID_ROWS = 10  # of the pictures in samples/
 TIMEOUT = timedelta(minutes=30)  # after which a rank no longer waits for another that hangs
@@ -136,6 +137,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print the resolved run and exit")
     add("--bench", action="store_true", help="measure what a step costs, on noise, and exit")
     add("--vae", help="weights of the VAE, to show and measure pictures instead of latents")
+    add("--tensorboard", action="store_true", help="metrics and samples to OUT/tensorboard, too")
 
     add = parser.add_argument_group("FID of one-step samples during training").add_argument
     add("--fid-every", type=count, help="steps between two measurements")
@@ -398,8 +400,11 @@ def main(args):
         bench(args, plain, objective, update, autocast, times, num_neq, meta, vae, batches, say)
         return
 
+    board = None
     if rank == 0:
         forget_after(out, start)
+        if args.tensorboard:
+            board = open_board(out / "tensorboard", start)
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
     classes = np.unique(np.linspace(0, net.num_classes - 1, 10).astype(int)).tolist()
     classes = classes if net.num_classes else [0] * 10
@@ -442,7 +447,7 @@ def main(args):
             if affinities:
                 row |= by_gap("affinity", torch.stack(affinities).mean(0))
             if rank == 0:
-                append_row(out, row)
+                append_row(out, row, board)
             history.clear()
             affinities.clear()
         if saves:
@@ -455,9 +460,13 @@ def main(args):
             say(f"step {step:,}/{steps:,}  saved {last}")
         if notice:
             break
-        if rank == 0 and draws:
+        picture = out / "samples" / f"{step:08d}.png"
+        if rank == 0 and draws and not picture.exists():
             pixels = shared.to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
-            shared.save_grid(pixels, out / "samples" / f"{step:08d}.png", len(classes))
+            shared.save_grid(pixels, picture, len(classes))
+            if board:
+                pixels = np.array(Image.open(picture).convert("RGB"))
+                board.add_image("samples", pixels, step, dataformats="HWC")
         if measures:
             samples = OneStepSamples(ema, vae, meta["scale"], args.fid_num)
             ours = fid.measure(inception, samples, "FID", rank=rank, world=world)
@@ -466,7 +475,7 @@ def main(args):
                 distance = fid.frechet_distance(*moments)
                 say(f"step {step:,}/{steps:,}  FID {distance:.5g} of {args.fid_num:,} samples")
                 score = dict(inception_score=ours["score"], fid_samples=args.fid_num)
-                append_row(out, {"step": step, "fid": distance} | score)
+                append_row(out, {"step": step, "fid": distance} | score, board)
         if ended:
             break
         if not history:
@@ -530,6 +539,8 @@ def main(args):
     if notice:
         say(f"{signal.Signals(notice).name}: stopped after step {step:,}; the same command resumes")
         sys.exit(128 + notice)
+    if board:
+        board.close()
     if rank == 0:
         save_progress(out / "samples", out / "progress.png")
         say(f"done: {last}, {out / 'progress.png'}; draw more with sample.py")
@@ -599,9 +610,22 @@ def refuse_another_run(saved, args, meta, steps):
         shared.fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
 
 
-def append_row(out, row):
+def open_board(folder, start):
+    """A writer for TensorBoard, which drops what an earlier one wrote after step `start`."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        shared.fail("--tensorboard needs a package: pip install tensorboard")
+    return SummaryWriter(folder, purge_step=start and start + 1)
+
+
+def append_row(out, row, board=None):
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
+    if board:
+        for name in row.keys() - {"step"}:
+            board.add_scalar(name, row[name], row["step"])
+        board.flush()
 
 
 def forget_after(out, step):
@@ -613,7 +637,7 @@ def forget_after(out, step):
         kept.append(row + "\n")
     shared.replace_file(path, lambda file: file.write("".join(kept).encode()))
     for picture in (out / "samples").glob("*.png"):
-        if int(picture.stem) > step:
+        if int(picture.stem) > step or step == 0:
             picture.unlink()
 
 
