@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import sys
 import time
@@ -25,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -212,6 +214,8 @@ def parse_args(argv=None):
         (args.gap and args.gap[0] >= args.gap[1], "--gap LO HI needs LO < HI"),
         (args.gap and args.accel == "dtd", "--gap excludes --accel dtd: both set the times"),
         (args.accel != "none" and args.r_neq_t == 1, "--r-neq-t 1 has no r = t: use --accel none"),
+        (args.tensorboard and not find_spec("tensorboard"),
+         "--tensorboard needs a package: pip install tensorboard"),
         (args.fid_every and not (args.fid_ref and args.inception),
          "--fid-every needs --fid-ref FILE and --inception FILE"),
     ]:  # fmt: skip
@@ -400,11 +404,9 @@ def main(args):
         bench(args, plain, objective, update, autocast, times, num_neq, meta, vae, batches, say)
         return
 
-    board = None
     if rank == 0:
         forget_after(out, start)
-        if args.tensorboard:
-            board = open_board(out / "tensorboard", start)
+    board = open_board(out) if rank == 0 and args.tensorboard else None
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
     classes = np.unique(np.linspace(0, net.num_classes - 1, 10).astype(int)).tolist()
     classes = classes if net.num_classes else [0] * 10
@@ -465,8 +467,7 @@ def main(args):
             pixels = shared.to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
             shared.save_grid(pixels, picture, len(classes))
             if board:
-                pixels = np.array(Image.open(picture).convert("RGB"))
-                board.add_image("samples", pixels, step, dataformats="HWC")
+                show_picture(board, picture)
         if measures:
             samples = OneStepSamples(ema, vae, meta["scale"], args.fid_num)
             ours = fid.measure(inception, samples, "FID", rank=rank, world=world)
@@ -610,22 +611,35 @@ def refuse_another_run(saved, args, meta, steps):
         shared.fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
 
 
-def open_board(folder, start):
-    """A writer for TensorBoard, which drops what an earlier one wrote after step `start`."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        shared.fail("--tensorboard needs a package: pip install tensorboard")
-    return SummaryWriter(folder, purge_step=start and start + 1)
+def open_board(out):
+    """A writer for TensorBoard that has all of metrics.jsonl and samples/ so far, no step twice."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    shutil.rmtree(out / "tensorboard", ignore_errors=True)
+    board = SummaryWriter(out / "tensorboard")
+    for row in (out / "metrics.jsonl").read_text().splitlines():
+        show_row(board, json.loads(row))
+    for picture in sorted((out / "samples").glob("*.png")):
+        show_picture(board, picture)
+    return board
 
 
-def append_row(out, row, board=None):
+def show_row(board, row):
+    for name in row.keys() - {"step"}:
+        board.add_scalar(name, row[name], row["step"])
+    board.flush()
+
+
+def show_picture(board, path):
+    pixels = np.array(Image.open(path).convert("RGB"))
+    board.add_image("samples", pixels, int(path.stem), dataformats="HWC")
+
+
+def append_row(out, row, board):
     with open(out / "metrics.jsonl", "a") as file:
         file.write(json.dumps(row) + "\n")
     if board:
-        for name in row.keys() - {"step"}:
-            board.add_scalar(name, row[name], row["step"])
-        board.flush()
+        show_row(board, row)
 
 
 def forget_after(out, step):
