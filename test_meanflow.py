@@ -1740,6 +1740,7 @@ def test_tensorboard_shows_the_metrics_and_samples_once(glyphs, tmp_path):
     flags = "--accel", "none", "--sample-every", 2, "--tensorboard"
     run(glyphs, tmp_path, *flags, "--steps", 3)
     (tmp_path / "last.pt").unlink()
+    (tmp_path / "samples" / "00000000.png").write_bytes(b"a picture of another run")
     run(glyphs, tmp_path, *flags[:-1], "--steps", 4, "--seed", 1)
     shutil.copy(tmp_path / "last.pt", tmp_path / "4.pt")
     run(glyphs, tmp_path, *flags, "--steps", 6, "--seed", 1)

@@ -88,9 +88,9 @@ GAPS = [f"{lo}-{hi}" for lo, hi in pairwise(EDGES)]
 # Flags that may differ when a run is resumed. Another length is allowed, although beta and DTD go
 # by the share of the run. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
-MAY_CHANGE |= {"data", "out", "dry_run", "init_from", "vae", "inception", "fid_ref", "fid_every"}
-MAY_CHANGE |= {"affinity_every", "fid_num", "activation_checkpointing", "bench", "micro_batch_size"}
-MAY_CHANGE |= {"tensorboard"}
+MAY_CHANGE |= {"data", "out", "dry_run", "bench", "init_from", "vae", "tensorboard", "inception"}
+MAY_CHANGE |= {"fid_ref", "fid_every", "fid_num", "affinity_every", "activation_checkpointing"}
+MAY_CHANGE |= {"micro_batch_size"}
 
 GRID_ROWS = 10  # of the pictures in samples/
 TIMEOUT = timedelta(minutes=30)  # after which a rank no longer waits for another that hangs
@@ -378,9 +378,8 @@ def main(args):
         if args.compile and not reason:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
     plain = model = meanflow.WithTangent(net, carried=not reason)
-    if (
-        args.compile and reason and not plain.drops
-    ):  # inside a compiled block torch.func.jvp would run uncompiled
+    # Inside a compiled block torch.func.jvp would run uncompiled.
+    if args.compile and reason and not plain.drops:
         plain.compile(dynamic=False)
     if world > 1:
         torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
@@ -408,8 +407,9 @@ def main(args):
         forget_after(out, start)
     board = open_board(out) if rank == 0 and args.tensorboard else None
     # The pictures of samples/: rows of up to ten classes, always from the same noise.
-    classes = np.unique(np.linspace(0, net.num_classes - 1, 10).astype(int)).tolist()
-    classes = classes if net.num_classes else [0] * 10
+    classes = [0] * 10
+    if net.num_classes:
+        classes = np.unique(np.linspace(0, net.num_classes - 1, 10).astype(int)).tolist()
     edges = torch.tensor(EDGES, device=device)
     if args.affinity_every:
         lattices = [
