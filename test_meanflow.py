@@ -2,7 +2,7 @@
 
 python -m pytest                                             minutes on two CPU cores
 python -m pytest -m ""                                       also kills, torchrun, compile, peers
-MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained    how good a finished digit run is
+MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained_run    how good a finished digit run is
 """
 
 import argparse
@@ -2265,9 +2265,10 @@ def digit_tables():
     all rows count.
     """
     with open(HERE / "docs" / "digits.csv", newline="") as file:
-        lines = list(csv.DictReader(file))
-    runs = {(int(line["steps"]), line["run"], int(line["seed"])): line for line in lines}
-    assert len(runs) == len(lines)
+        found = list(csv.DictReader(file))
+    runs = {(int(run["steps"]), run["run"], int(run["seed"])): run for run in found}
+    assert len(runs) == len(found)
+    all_seeds = sorted({seed for *_, seed in runs})
     plain = {"none": "MeanFlow", "beta": "+ β", "minsnr": "+ MinSNR", "minsnr-beta": "+ MinSNR + β"}
     plain |= {"dtd": "+ DTD", "dtd-beta": "+ DTD + β"}
     uniform = {"uniform-none": "MeanFlow", "uniform-minsnr": "+ MinSNR"}
@@ -2281,7 +2282,7 @@ def digit_tables():
         for way, caption in ("1", "1 step"), ("2", "2 steps"), ("euler", "Euler, 32 steps"):
             table = [[caption], *([text] for text in rows.values())]
             for steps in lengths:
-                seeds = [s for s in range(99) if all((steps, name, s) in runs for name in rows)]
+                seeds = [s for s in all_seeds if all((steps, name, s) in runs for name in rows)]
                 table[0].append(f"{steps:,} training steps, {len(seeds)} seeds")
                 distances = [
                     [float(runs[steps, name, s][f"distance_{way}"]) for s in seeds] for name in rows
@@ -2289,9 +2290,9 @@ def digit_tables():
                 table[1].append(f"{np.mean(distances[0]):.1f}")
                 for line, ours in zip(table[2:], distances[1:], strict=True):
                     differences = np.subtract(ours, distances[0])
-                    text = f"{differences.mean():+.1f} ± {scipy.stats.sem(differences):.1f}"
+                    cell = f"{differences.mean():+.1f} ± {scipy.stats.sem(differences):.1f}"
                     clear = scipy.stats.ttest_1samp(differences, 0).pvalue < 0.05
-                    line.append(f"**{text}**" if clear else text)
+                    line.append(f"**{cell}**" if clear else cell)
             table.insert(1, ["---"] * len(table[0]))
             yield "\n".join(f"| {' | '.join(line)} |" for line in table)
 
