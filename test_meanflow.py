@@ -2257,53 +2257,61 @@ def test_every_command_of_the_findings_runs(glyphs, tmp_path, monkeypatch):
             assert Path(flags[flags.index("--out") + 1]).exists()
 
 
-def digit_tables():
-    """The tables of docs/findings.md, in Markdown, from the runs in docs/digits.csv.
+def digit_table(runs, rows, caption, columns):
+    """A Markdown table from docs/digits.csv, of {run: caption} and of {title: (steps, way)}.
 
-    The first row has means of the distance; the others have mean differences to the first row's run
+    The first row has the mean distance; the others have the mean difference to the first row's run
     of the same seed ± standard error, in bold where a t-test gives p < 0.05. Only seeds that have
     all rows count.
     """
-    with open(HERE / "docs" / "digits.csv", newline="") as file:
-        found = list(csv.DictReader(file))
-    runs = {(int(run["steps"]), run["run"], int(run["seed"])): run for run in found}
-    assert len(runs) == len(found)
-    all_seeds = sorted({seed for *_, seed in runs})
-    plain = {"none": "MeanFlow", "beta": "+ β", "minsnr": "+ MinSNR", "minsnr-beta": "+ MinSNR + β"}
-    plain |= {"dtd": "+ DTD", "dtd-beta": "+ DTD + β"}
-    uniform = {"uniform-none": "MeanFlow", "uniform-minsnr": "+ MinSNR"}
-    guided = {"guided": "MeanFlow", "guided-minsnr-beta": "+ MinSNR + β"}
-    guided |= {"guided-dtd-beta": "+ DTD + β"}
-    for rows, lengths in (
-        (plain, (500, 1000, 2000, 4000)),
-        (uniform, (1000, 2000, 4000)),
-        (guided, (1563,)),
-    ):
-        for way, caption in ("1", "1 step"), ("2", "2 steps"), ("euler", "Euler, 32 steps"):
-            table = [[caption], *([text] for text in rows.values())]
-            for steps in lengths:
-                seeds = [s for s in all_seeds if all((steps, name, s) in runs for name in rows)]
-                table[0].append(f"{steps:,} training steps, {len(seeds)} seeds")
-                distances = [
-                    [float(runs[steps, name, s][f"distance_{way}"]) for s in seeds] for name in rows
-                ]
-                table[1].append(f"{np.mean(distances[0]):.1f}")
-                for line, ours in zip(table[2:], distances[1:], strict=True):
-                    differences = np.subtract(ours, distances[0])
-                    cell = f"{differences.mean():+.1f} ± {scipy.stats.sem(differences):.1f}"
-                    clear = scipy.stats.ttest_1samp(differences, 0).pvalue < 0.05
-                    line.append(f"**{cell}**" if clear else cell)
-            table.insert(1, ["---"] * len(table[0]))
-            yield "\n".join(f"| {' | '.join(line)} |" for line in table)
+    table = [[caption, *rows.values()]]
+    for title, (steps, way) in columns.items():
+        seeds = [s for s in range(100) if all((steps, name, s) in runs for name in rows)]
+        first, *others = [
+            np.array([float(runs[steps, name, s][f"distance_{way}"]) for s in seeds])
+            for name in rows
+        ]
+        table.append([f"{title}, {len(seeds)} seeds", f"{first.mean():.1f}"])
+        for other in others:
+            difference = other - first
+            cell = f"{difference.mean():+.1f} ± {scipy.stats.sem(difference):.1f}"
+            clear = scipy.stats.ttest_1samp(difference, 0).pvalue < 0.05
+            table[-1].append(f"**{cell}**" if clear else cell)
+    lines = [f"| {' | '.join(line)} |" for line in zip(*table, strict=True)]
+    return "\n".join([lines[0], f"|{' --- |' * len(table)}", *lines[1:]])
 
 
 def test_the_tables_of_digits_follow_from_the_runs():
     """`python -m pytest -s -k tables` prints them."""
-    tables = list(digit_tables())
-    print("", *tables, sep="\n\n")
+    with open(HERE / "docs" / "digits.csv", newline="") as file:
+        found = list(csv.DictReader(file))
+    runs = {(int(run["steps"]), run["run"], int(run["seed"])): run for run in found}
+    assert len(runs) == len(found)
+    plain = {"none": "MeanFlow", "beta": "+ β", "minsnr": "+ MinSNR", "minsnr-beta": "+ MinSNR + β"}
+    plain |= {"dtd": "+ DTD", "dtd-beta": "+ DTD + β"}
+    uniform = {"uniform-none": "MeanFlow", "uniform-minsnr": "+ MinSNR"}
+    dtd = {"dtd": "DTD", "dtd-v": "r = t only", "dtd-cap-0.05": "to 5 %", "dtd-cap-0.1": "to 10 %"}
+    dtd |= {"dtd-patience-20": "by the loss", "none": "no DTD"}
+    guided = {"guided": "MeanFlow", "guided-minsnr-beta": "+ MinSNR + β"}
+    guided |= {"guided-dtd-beta": "+ DTD + β"}
+    ways = {"1 step": "1", "2 steps": "2", "Euler": "euler"}
+    readme, changed, recipe = [
+        digit_table(runs, rows, f"{n:,} training steps", {w: (n, key) for w, key in ways.items()})
+        for rows, n in ((plain, 2000), (dtd, 2000), (guided, 1563))
+    ]
+    longer, even = [
+        [
+            digit_table(runs, rows, way, {f"{n:,} training steps": (n, key) for n in lengths})
+            for way, key in ways.items()
+        ]
+        for rows, lengths in ((plain, (500, 1000, 2000, 4000)), (uniform, (1000, 2000, 4000)))
+    ]
+    tables = [*longer, *even, changed, recipe]
+    print("", *tables, readme, sep="\n\n")
     text = (HERE / "docs" / "findings.md").read_text()
     section = text.split("## What the improved training does to the digits")[1].split("\n## ")[0]
     assert re.findall(r"(?:^\|.*\n)*^\|.*", section, re.M) == tables
+    assert readme in (HERE / "README.md").read_text()
 
 
 @pytest.mark.slow
