@@ -90,7 +90,7 @@ def weighted_error(u, u_tgt, weight, objective):
     """Mean of w |u - u_tgt|^2, w = 1 / (|.|^2 + c)^p without gradient, Eq. 22; and the errors.
 
     |.|^2 is summed over C, H, W. weight: (B,) alpha or beta; it multiplies the loss after the
-    adaptive weight, which would otherwise cancel it (arXiv 2511.19065v1, App. B).
+    adaptive weight, which would otherwise cancel it (arXiv 2511.19065v2, App. B).
     The errors are |u - u_tgt|^2 / (C H W) of each sample, (B,), without gradient. Use them to
     monitor training: with p = 1 the loss stays near 1 however good u is.
     """
@@ -153,7 +153,7 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
 
 
 def corruption(v, k, generator=None):
-    """k |v| N(0, I), noise for the target where r = t: arXiv 2511.19065v1, Sec. 4.1 and Fig. 3.
+    """k |v| N(0, I), noise for the target where r = t: arXiv 2511.19065v2, Sec. 4.1 and Fig. 3.
 
     differs: the paper does not say over what |v| is taken; here it is over C, H, W of a sample.
     """
@@ -170,7 +170,7 @@ def sample(net, e, y, nfe=1, velocity=False, times=None):
 
     Each step is z_r = z_t - (t - r) u(z_t, r, t), Eq. 12; nfe = 1 is x = e - u(e, 0, 1). If
     velocity is True, u(z_t, t, t) replaces u(z_t, r, t): Euler on the instantaneous velocity
-    (arXiv 2511.19065v1, Tab. 5). times: decreasing; None is uniform from 1 to 0.
+    (arXiv 2511.19065v2, Tab. 5). times: decreasing; None is uniform from 1 to 0.
     """
     times = torch.linspace(1, 0, nfe + 1).tolist() if times is None else times
     z = e
@@ -186,7 +186,7 @@ def sample(net, e, y, nfe=1, velocity=False, times=None):
 
 def affinity(net, x, e, y, sample_times, pairs_of_gaps, objective):
     """Cosine of the gradient of the r = t loss with that of the r < t loss in each range of gaps,
-    arXiv 2511.19065v1, Sec. 4.3: (ranges,). Does not modify .grad.
+    arXiv 2511.19065v2, Sec. 4.3: (ranges,). Does not modify .grad.
 
     sample_times(num_eq, num_neq, pairs=None) -> t, r; pairs_of_gaps: `schedules.time_pairs` of
     each range. differs: the paper does not say which samples and weights are used. Here all the

@@ -1,7 +1,7 @@
 """The distribution of (t, r), and the weights of the losses.
 
 The base distribution of times is MeanFlow's (arXiv 2505.13447v1, Sec. 4.3). Around it stand the
-three parts of the improved training (arXiv 2511.19065v1, Sec. 5 and App. B): the progressive weight
+three parts of the improved training (arXiv 2511.19065v2, Sec. 5 and App. B): the progressive weight
 beta on samples with r < t, and two ways to form the instantaneous velocity early, a weight alpha on
 samples with r = t (MinSNR's) or DTD's curriculum over times.
 
@@ -71,7 +71,7 @@ def mean_over_v_samples(function, quantile, grid=100_000):
 
 
 def beta_lambda(quantile, pairs=None):
-    """lambda = 1 / E[1 - dt], arXiv 2511.19065v1, Sec. 5, over `pairs`, else over two draws.
+    """lambda = 1 / E[1 - dt], arXiv 2511.19065v2, Sec. 5, over `pairs`, else over two draws.
 
     The larger of two draws has density 2 q, the smaller 2 - 2 q. Default times: lambda = 1.3045.
     """
@@ -81,7 +81,7 @@ def beta_lambda(quantile, pairs=None):
 
 
 def beta(dt, s, lam):
-    """Progressive weight 1 - s + lambda s (1 - dt) of a gap dt = t - r. arXiv 2511.19065v1, Sec. 5.
+    """Progressive weight 1 - s + lambda s (1 - dt) of a gap dt = t - r. arXiv 2511.19065v2, Sec. 5.
 
     s = 1 - (i / T)^k falls from 1 to 0 over training: at s = 1 short gaps weigh most and the mean
     weight is 1; at s = 0 every gap weighs 1.
@@ -104,7 +104,7 @@ ALPHAS = {"minsnr": minsnr}
 
 
 class DTD(nn.Module):
-    """Curriculum over times (arXiv 2403.10348), p_acc of arXiv 2511.19065v1, Sec. 5.
+    """Curriculum over times (arXiv 2403.10348), p_acc of arXiv 2511.19065v2, Sec. 5.
 
     The base distribution is cut into `clusters` slices of equal mass, and stage n trains on the n
     noisiest (largest t), which are the easiest. When the smoothed v-loss has not improved for

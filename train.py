@@ -1,4 +1,4 @@
-"""Train a MeanFlow model (arXiv 2505.13447v1) by the improved scheme of arXiv 2511.19065v1.
+"""Train a MeanFlow model (arXiv 2505.13447v1) by the improved scheme of arXiv 2511.19065v2.
 
     python train.py                        the tiny model on the built-in digits: minutes on a CPU
     python train.py --model S/4 --data data/cifar10 --accel minsnr
@@ -81,7 +81,7 @@ RECIPES = {name: {} for name in CONFIGS} | {
                   workers=0, log_every=100, sample_every=200, save_every=500),
 }  # fmt: skip
 
-# Ranges of the gap t - r in which errors and affinities are given: arXiv 2511.19065v1, Sec. 4.2.
+# Ranges of the gap t - r in which errors and affinities are given: arXiv 2511.19065v2, Sec. 4.2.
 EDGES = (0.1, 0.3, 0.5, 0.7, 0.9)
 GAPS = [f"{lo}-{hi}" for lo, hi in pairwise(EDGES)]
 
