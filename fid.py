@@ -133,7 +133,7 @@ def load_inception(path):
     """Inception with the public weights pt_inception-2015-12-05, frozen."""
     net = Inception()
     counters = {k: v for k, v in net.state_dict().items() if "num_batches" in k}  # may be missing
-    shared.load_strictly(net, counters | shared.load_weights(path), path)
+    shared.load_strictly(net, counters | shared.weights_in(shared.load_file(path)), path)
     return net.eval().requires_grad_(False)
 
 

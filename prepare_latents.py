@@ -518,7 +518,7 @@ class VAE(nn.Module):
 def load_vae(path):
     """The VAE in a file with diffusers' names, old or new, as float32, on the CPU."""
     state = {}
-    for name, tensor in load_weights(path).items():
+    for name, tensor in weights_in(load_file(path)).items():
         parts = [OLD_NAMES.get(part, part) for part in name.split(".")]
         state[".".join(parts)] = tensor
     name, widths = "encoder.down_blocks.{}.resnets.0.conv1.weight", []
@@ -732,20 +732,15 @@ def lock(folder, wait=False):
     return descriptor
 
 
-def load_weights(path):
-    """{name: tensor} of a .safetensors file, or of torch.save's; nothing in it is executed.
-
-    Of the weights in a training script's checkpoint, these are the EMA's, if it has some.
-    """
+def load_file(path):
+    """The dict in a .safetensors file, or in one of torch.save; nothing in it is executed."""
     try:
         if Path(path).suffix == ".safetensors":
             return read_safetensors(path)
         zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not: FID's Inception
         with torch.serialization.safe_globals([argparse.Namespace]):  # which is data only
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
-            state = state.get(name, state)
-        return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return dict(found)
     except OSError as error:
         fail(f"{path}: {error.strerror or error}")
     except pickle.UnpicklingError:
@@ -753,6 +748,13 @@ def load_weights(path):
         fail(f"{path} is damaged, or more than tensors; if you trust it, read the ema.pt of {way}")
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         fail(f"{path} is no whole file of weights ({error!r:.300})")
+
+
+def weights_in(found):
+    """{name: tensor} of a dict by `load_file`: in a training script's checkpoint, the EMA's."""
+    for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
+        found = found.get(name, found)
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def read_safetensors(path):

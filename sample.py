@@ -38,24 +38,21 @@ PUBLIC_NAMES = {
 
 
 def read_checkpoint(path):
-    """What train.py saved in a file, memory-mapped; nothing in it is executed."""
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if lacking := {"ema", "step", "args", "meta"} - checkpoint.keys():
-            raise ValueError(f"it lacks {min(lacking)}")
-        if checkpoint.get("format") != CHECKPOINT_FORMAT:
-            raise ValueError("it was saved by another version of the code")
-    except Exception as error:  # torch.load raises a dozen kinds for a damaged file
-        shared.fail(f"{path} is no whole checkpoint of train.py ({error!r:.300})")
+    """What train.py or --export saved in a file, memory-mapped; nothing in it is executed."""
+    checkpoint = shared.load_file(path)
+    if lacking := {"ema", "step", "args", "meta"} - checkpoint.keys():
+        shared.fail(f"{path} is no checkpoint of train.py: it lacks {min(lacking)}")
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        shared.fail(f"{path} was saved by another version of the code")
     return checkpoint
 
 
 def read_network(path, conditioning="t,t-r"):
     """The checkpoint of train.py or --export in a file, or a dict like it of public weights."""
-    state = shared.load_weights(path)
-    if any(name.startswith("time_embed.") for name in state):  # our name
+    found = shared.load_file(path)
+    if "meta" in found:
         return read_checkpoint(path)
-    return from_public(state, path, conditioning)
+    return from_public(shared.weights_in(found), path, conditioning)
 
 
 @torch.no_grad()

@@ -298,9 +298,9 @@ def main(args):
         shared.fail(f"--model {args.model}: {error}")
     if args.init_from and not saved:
         given = read_network(args.init_from, args.conditioning)
-        theirs, networks = given["args"], CONFIGS | UNETS
+        theirs, sizes = given["args"], CONFIGS | UNETS
         for name, same in [
-            ("model", networks[theirs["model"]] == networks[args.model]),
+            ("model", sizes.get(theirs["model"]) == sizes.get(args.model)),
             ("conditioning", theirs["conditioning"] == args.conditioning),
         ]:
             if not same:
