@@ -21,7 +21,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -175,7 +174,7 @@ def sample(net, e, y, nfe=1, velocity=False, times=None):
     times = torch.linspace(1, 0, nfe + 1).tolist() if times is None else times
     z = e
     for t, r in pairwise(times):
-        t_batch = torch.full_like(z[:, 0, 0, 0], t)  # (B,)
+        t_batch = z.new_full((len(z),), t)  # (B,)
         r_batch = t_batch if velocity else torch.full_like(t_batch, r)
         z = z - (t - r) * net(z, r_batch, t_batch, y).to(z.dtype)
     return z
@@ -216,17 +215,13 @@ class WithTangent(nn.Module):
     """net(z, r, t, y), whose one forward can also give du/dt of the last samples of a batch.
 
     This module is what DDP wraps. carried: the tangents pass through the network beside the values,
-    as `Dual`s; otherwise torch.func.jvp runs those samples again.
+    as `Dual`s; otherwise torch.func.jvp runs those samples again, or the whole batch if the network
+    draws random numbers, as dropout does. `check_tangents` tells both; the default is always right.
     """
 
-    def __init__(self, net, carried=True):
+    def __init__(self, net, carried=True, draws=True):
         super().__init__()
-        self.net, self.carried = net, carried
-
-    @property
-    def drops(self):
-        """Whether a module draws a dropout mask."""
-        return any(isinstance(m, _DropoutNd) and m.training for m in self.modules())
+        self.net, self.carried, self.draws = net, carried, draws
 
     def forward(self, z, r, t, y, v=None, tangent=(0.0, 1.0)):
         """u (B, C, H, W); with v (m, C, H, W), the velocity of the last m samples, (u, du/dt).
@@ -244,12 +239,11 @@ class WithTangent(nn.Module):
             u = self.net(Dual(z, v), Dual(r, dr), Dual(t, dt), label)
             u, dudt = u.value, u.tangent
         else:
-            # One dropout mask for u and du/dt: the JVP draws the same numbers, for the whole batch.
-            drops, devices = self.drops, [z.device] if z.is_cuda else []
-            with torch.random.fork_rng(devices) if drops else nullcontext():
+            devices = [z.device] if z.is_cuda else []
+            with torch.random.fork_rng(devices) if self.draws else nullcontext():
                 u = self.net(z, r, t, y)
             first, tangents = n, (v, dr, dt)
-            if drops:
+            if self.draws:  # the JVP draws the same numbers again, which are those of all samples
                 first = 0
                 tangents = [torch.cat([a.new_zeros(n, *a.shape[1:]), a]) for a in tangents]
             some = tuple(a[first:].clone() for a in (z, r, t))  # torch.compile fails with views
@@ -261,31 +255,47 @@ class WithTangent(nn.Module):
 
 
 @torch.no_grad()
-def why_not_carried(net, shape):
-    """'' where Duals give the du/dt of torch.func.jvp, else the reason in one line.
+def check_tangents(net, shape):
+    """(reason, draws) of a network to be trained, where z is (B, *shape).
 
-    shape: (C, H, W) of z. Tests a copy of net with random weights, because a new network gives 0;
-    they are scaled so that signals keep their size. Uses three samples, two of them with tangents.
+    reason: '' where Duals give the du/dt of torch.func.jvp, else what prevents it, in one line.
+    draws: whether the network draws random numbers, as dropout does. Tests a copy with random
+    weights, because a new network gives 0; they are scaled so that signals keep their size. Uses
+    three samples, two of them with tangents. ValueError where the samples of a batch are mixed.
     """
-    net, device = copy.deepcopy(net).eval(), next(net.parameters()).device
+    net, device = copy.deepcopy(net).train(), next(net.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     for parameter in net.parameters():
         std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
         parameter.normal_(std=std, generator=generator)
     z, v = torch.randn(2, 3, *shape, generator=generator, device=device)
     t = torch.tensor([0.3, 0.6, 0.9], device=device)
-    batch = z, t / 2, t, torch.zeros_like(t, dtype=torch.long), v[1:]
-    precision = torch.get_float32_matmul_precision()
+    batch = z, t / 2, t, torch.zeros_like(t, dtype=torch.long)
+    cuda, precision = device.type == "cuda", torch.get_float32_matmul_precision()
+    random_state = torch.cuda.get_rng_state if cuda else torch.get_rng_state
+
+    def seeded(carried):
+        torch.manual_seed(0)
+        return WithTangent(net, carried)(*batch, v[1:])
+
     torch.set_float32_matmul_precision("highest")  # TF32 would hide a small difference
-    expected = WithTangent(net, carried=False)(*batch)
-    try:
-        found = WithTangent(net)(*batch)
-    except Exception as error:  # the network itself has just run, so the error is the Dual's
-        return " ".join(f"{type(error).__name__}: {error}".split())
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    with torch.random.fork_rng([device] if cuda else []):
+        try:
+            state, whole = random_state(), net(*batch)[1:]
+            draws = not torch.equal(random_state(), state)
+            part = net(*(a[1:] for a in batch))
+            if not draws and (whole - part).norm() > 1e-3 * part.norm():
+                raise ValueError("the network mixes the samples of a batch")
+            expected = seeded(carried=False)
+            try:
+                found = seeded(carried=True)
+            except Exception as error:  # the network has run above, so the error is the Dual's
+                return " ".join(f"{type(error).__name__}: {error}".split()), draws
+        finally:
+            torch.set_float32_matmul_precision(precision)
     difference = max((a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True))
-    return "" if difference < 1e-3 else f"it differs by {difference:.1e} from torch.func.jvp's"
+    reason = "" if difference < 1e-3 else f"it differs by {difference:.1e} from torch.func.jvp's"
+    return reason, draws
 
 
 def method(function, reflected=False):

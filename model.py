@@ -289,7 +289,9 @@ class UNet(nn.Module):
 
 def build(name, meta, conditioning="t,t-r"):
     """The network of CONFIGS[name] or UNETS[name] for a dataset whose meta.json is `meta`."""
-    (channels, size, _), classes = meta["shape"], len(meta["classes"])
+    (channels, size, width), classes = meta["shape"], len(meta["classes"])
+    if size != width:
+        raise ValueError(f"pictures of {size} x {width} are not square")
     if name in UNETS:
         return UNet(channels, size, classes, *UNETS[name], conditioning)
     return DiT(channels, size, classes, *CONFIGS[name], conditioning)

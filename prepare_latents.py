@@ -71,7 +71,7 @@ digit_font = lru_cache(ImageFont.load_default)  # of a size: the outline font th
 def stored_shape(meta):
     """Shape of images.npy, whose rows are pixels or a latent's mean and standard deviation."""
     channels, *size = meta["shape"]
-    return (meta["count"], 2 * channels if meta.get("vae") else channels, *size)
+    return (meta["count"], 2 * channels if meta["vae"] else channels, *size)
 
 
 class Dataset:
@@ -121,7 +121,7 @@ def pixel_meta(**entries):
 
 def network_input(stored, meta, generator=None):
     """The network's x (B, C, H, W) from rows of images.npy: pixels scaled, latents drawn afresh."""
-    if not meta.get("vae"):
+    if not meta["vae"]:
         return stored.float() * meta["scale"] + meta["shift"]
     mean, std = stored.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)

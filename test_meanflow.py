@@ -400,7 +400,7 @@ def test_both_derivatives_equal_central_finite_differences(conditioning):
     _, by_carrying = WithTangent(net)(z, r, t, y, v[5:], (0.3, 0.9))
     assert_close(by_carrying, dudt, rtol=1e-11, atol=1e-13)
     before = copy.deepcopy(net.float().state_dict())
-    assert meanflow.why_not_carried(net, (2, 4, 4)) == ""
+    assert meanflow.check_tangents(net, (2, 4, 4)) == ("", False)
     assert_close(net.state_dict(), before, rtol=0, atol=0)
 
 
@@ -430,7 +430,7 @@ def test_a_fork_carries_tangents_or_says_why_not_and_trains_like_the_textbook(re
     net.initialize()
     for parameter in net.parameters():
         nn.init.normal_(parameter, std=0.2)
-    found = meanflow.why_not_carried(net.float(), (2, 4, 4))
+    found, _ = meanflow.check_tangents(net.float(), (2, 4, 4))
     assert bool(found) == bool(reason)
     assert reason in found
     net.double()
@@ -445,10 +445,42 @@ def test_a_fork_carries_tangents_or_says_why_not_and_trains_like_the_textbook(re
 def test_a_wrong_rule_or_a_broken_network_is_found(monkeypatch):
     net = small_dit().float()
     monkeypatch.setitem(RULES, "cos", lambda d, x: x.sin() * d[0])
-    assert "differs" in meanflow.why_not_carried(net, (2, 4, 4))
+    assert "differs" in meanflow.check_tangents(net, (2, 4, 4))[0]
     net.blocks[1].mlp = nn.Linear(5, 16)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):  # its own error
-        meanflow.why_not_carried(net, (2, 4, 4))
+        meanflow.check_tangents(net, (2, 4, 4))
+
+
+def test_a_network_that_mixes_samples_is_refused():
+    net = small_dit().float()
+    net.blocks[0].register_forward_pre_hook(lambda _, args: (args[0] - args[0].mean(0), args[1]))
+    with pytest.raises(ValueError, match="mixes the samples"):
+        meanflow.check_tangents(net, (2, 4, 4))
+
+
+@pytest.mark.parametrize(
+    ("carried", "mask"),
+    [
+        (True, lambda x: F.dropout(x, 0.3)),
+        (False, lambda x: F.dropout(x, 0.3).cumsum(1)),
+        (False, lambda x: x * (torch.rand(x.shape[0], 1, 1) > 0.3)),
+        (False, lambda x: x * torch.bernoulli(torch.full(x.shape, 0.7))),
+    ],
+)
+def test_random_numbers_of_a_fork_are_the_same_for_u_and_its_derivative(carried, mask):
+    net, (*batch, weight) = small_dit().float(), small_batch(4, 6)
+    for block in net.blocks:
+        block.register_forward_pre_hook(lambda _, args: (mask(args[0]), args[1]))
+    reason, draws = meanflow.check_tangents(net, (2, 4, 4))
+    assert (not reason, draws) == (carried, True)
+
+    def gradient(loss, *args):
+        torch.manual_seed(0)
+        return gradients(net, loss(*args, weight)[0])
+
+    net.double()
+    ours = gradient(meanflow.loss, WithTangent(net, carried, draws), *batch, 6)
+    assert_same(ours, gradient(meanflow.textbook_loss, net, *batch))
 
 
 @pytest.mark.parametrize("carried", [True, False])
@@ -459,7 +491,7 @@ def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpoin
     net, batch = small_dit(), small_batch(12, 8)
     goal = Objective(3, omega=0.2, kappa=0.92, cfg_interval=(0.2, 0.8))
     expected = gradients(net, textbook_loss(net, *batch, goal)[0])
-    model = WithTangent(net, carried)
+    model = WithTangent(net, carried, draws=False)
     for block in net.blocks if checkpointed else ():
         block.forward = partial(meanflow.checkpointed, block.forward)
     if compiled:
@@ -828,7 +860,7 @@ def test_dropout_has_one_mask_for_u_and_its_derivative(carried, augmented):
     torch.manual_seed(6)
     other = gradients(net, meanflow.textbook_loss(net, x, e, r, t, y)[0])
     assert (other[0] - expected[0]).norm() > 0.01 * expected[0].norm()
-    assert meanflow.why_not_carried(net.float(), (3, 8, 8)) == ""
+    assert meanflow.check_tangents(net.float(), (3, 8, 8)) == ("", True)
 
 
 @pytest.mark.slow
@@ -1565,6 +1597,11 @@ def bad_input(tmp_path_factory, glyphs, checkpoint, inception):
         for name in ("broken/4.png", "text.npz"):
             Path(name).write_text("no picture")
         prepare_latents.write_glyphs("tens", count=10, size=10)
+        wide = dict(count=9, shape=[1, 16, 32], classes=[], source="", files="")
+        Path("wide").mkdir()
+        writer = prepare_latents.DatasetWriter("wide", prepare_latents.pixel_meta(**wide))
+        writer.write(0, np.zeros((9, 1, 16, 32)), np.zeros(9))
+        writer.finish()
         np.savez("images.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8))
         np.savez("stats.npz", mu=np.zeros(2048), sigma=np.eye(2048))
         np.savez("pickle.npz", **dict.fromkeys(("arr_0", "mu", "sigma"), np.array([bad])))
@@ -1615,11 +1652,14 @@ BAD_INPUT = [
     (2, "train --dtd-cap 0.1 --accel none", "--dtd-cap has no effect without --accel dtd"),
     (2, "train --tangent 1 1 --r-neq-t 0", "--tangent has no effect"),
     (2, "train --v-noise 0.1 --accel none --r-neq-t 1", "--v-noise has no effect"),
+    (2, "train --time-sampler uniform --time-mu 0", "--time-mu has no effect"),
     (1, "train --data nowhere", "nowhere holds no whole dataset"),
     (1, "train --micro-batch-size 3", "--batch-size 8 is no multiple of 1 ranks x 3"),
     (1, "train --batch-size 1", "--r-neq-t 0.25 of 1 is none or all"),
     (1, "train --accel none --gap 0.9999 1", "--gap"),
+    (1, "train --time-sigma 0.3 --affinity-every 1", "--affinity-every: the time sampler lacks"),
     (1, "train --model S/4 --data tens", "--model S/4: pictures of size 10 do not"),
+    (1, "train --data wide", "--model tiny: pictures of 16 x 32 are not square"),
     (1, "train --vae nothing.pt", "nothing.pt: No such file"),
     (1, "sample run/last.pt --out x", "run/last.pt is damaged, or more than tensors"),
     (1, "prepare_latents images --vae run/last.pt --out x", "run/last.pt is damaged, or more"),
@@ -1977,7 +2017,7 @@ def rank_of_a_run(rank, port, flags, out, reason=""):
     """One of two, in this process; leaves its number of graphs and of breaks between graphs."""
     address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=2)
     os.environ |= {name: str(value) for name, value in address.items()}
-    meanflow.why_not_carried = lambda net, shape: reason
+    meanflow.check_tangents = lambda net, shape: (reason, False)
     UNETS["unet"] = (1, 32)
     train.main(train.parse_args(flags))
     counted = torch._dynamo.utils.counters

@@ -226,11 +226,13 @@ def parse_args(argv=None):
         ("snr_gamma", args.accel in schedules.ALPHAS, "--accel minsnr"),
         ("dtd_clusters dtd_patience dtd_cap", args.accel == "dtd", "--accel dtd"),
         ("beta_k", args.progressive, "--progressive"),
+        ("time_mu time_sigma", args.time_sampler != "uniform", "--time-sampler lognorm"),
         ("progressive gap tangent bench", args.r_neq_t > 0, "samples with r < t: --r-neq-t"),
         ("v_noise", args.r_neq_t < 1, "samples with r = t: --r-neq-t below 1"),
     ]:
         for name in names.split():
-            if not works and getattr(args, name) not in (parser.get_default(name), False):
+            value = getattr(args, name)
+            if not works and value is not False and value != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} has no effect without {why}")
     return args
 
@@ -284,6 +286,12 @@ def main(args):
         shared.fail(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
     lam = schedules.beta_lambda(quantile, pairs)
     pairs = pairs.float().to(device) if args.gap else None
+    if args.affinity_every:
+        lattices = [
+            schedules.time_pairs(quantile, gap).float().to(device) for gap in pairwise(EDGES)
+        ]
+        if not all(lattice.numel() for lattice in lattices):
+            shared.fail(f"--affinity-every: the time sampler lacks gaps of one of {GAPS}")
     if args.accel in schedules.ALPHAS:
         alpha = partial(schedules.ALPHAS[args.accel], gamma=args.snr_gamma)
         alpha_mean = schedules.mean_over_v_samples(alpha, quantile)
@@ -369,7 +377,8 @@ def main(args):
         null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
         p=args.adaptive_p, c=args.adaptive_c, **guidance,
     )  # fmt: skip
-    if reason := meanflow.why_not_carried(net, meta["shape"]):
+    reason, draws = meanflow.check_tangents(net, meta["shape"])
+    if reason:
         say(f"note: du/dt by torch.func.jvp, which is slower; see RULES in meanflow.py: {reason}")
     torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
     for block in net.blocks:
@@ -377,9 +386,9 @@ def main(args):
             block.forward = partial(meanflow.checkpointed, block.forward)
         if args.compile and not reason:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
-    plain = model = meanflow.WithTangent(net, carried=not reason)
+    plain = model = meanflow.WithTangent(net, not reason, draws)
     # Inside a compiled block torch.func.jvp would run uncompiled.
-    if args.compile and reason and not plain.drops:
+    if args.compile and reason and not draws:
         plain.compile(dynamic=False)
     if world > 1:
         torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
@@ -391,8 +400,9 @@ def main(args):
 
     def update(step):
         """A step of Adam and of the running average; returns the norm of the gradient."""
-        optimizer.param_groups[0]["lr"] = learning_rate(step)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay views of its buckets
         update_ema(list(ema.parameters()), list(net.parameters()), None)
@@ -411,10 +421,6 @@ def main(args):
     if net.num_classes:
         classes = np.unique(np.linspace(0, net.num_classes - 1, 10).astype(int)).tolist()
     edges = torch.tensor(EDGES, device=device)
-    if args.affinity_every:
-        lattices = [
-            schedules.time_pairs(quantile, gap).float().to(device) for gap in pairwise(EDGES)
-        ]
     caught, history, affinities, saved_at, clock = [], [], [], start, time.time()
     on_signals(lambda signum, _: caught.append(signum))
 
@@ -602,8 +608,8 @@ def by_gap(name, values):
 def refuse_another_run(saved, args, meta, steps):
     """End the script where the checkpoint in --out was made by another command."""
     for name, was in saved["args"].items():
-        if name not in MAY_CHANGE and getattr(args, name) != was:
-            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+        if name not in MAY_CHANGE and (now := getattr(args, name, None)) != was:
+            flag = f"--{name.replace('_', '-')} {now}"
             shared.fail(f"{flag}: {args.out} was trained with {was}; name another --out")
     if meta and saved["meta"] | {"source": meta["source"]} != meta:
         shared.fail(f"--data {args.data} is not the dataset of {args.out}; name another --out")
