@@ -259,9 +259,9 @@ def check_tangents(net, shape):
     """(reason, draws) of a network to be trained, where z is (B, *shape).
 
     reason: '' where Duals give the du/dt of torch.func.jvp, else what prevents it, in one line.
-    draws: whether the network draws random numbers, as dropout does. Tests a copy with random
-    weights, because a new network gives 0; they are scaled so that signals keep their size. Uses
-    three samples, two of them with tangents. ValueError where the samples of a batch are mixed.
+    draws: whether the network draws random numbers in training, as dropout does. Tests a copy with
+    random weights, because a new network gives 0; they are scaled so that signals keep their size.
+    Uses three samples, two of them with tangents. ValueError where samples of a batch are mixed.
     """
     net, device = copy.deepcopy(net).train(), next(net.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
@@ -274,7 +274,7 @@ def check_tangents(net, shape):
     cuda, precision = device.type == "cuda", torch.get_float32_matmul_precision()
     random_state = torch.cuda.get_rng_state if cuda else torch.get_rng_state
 
-    def seeded(carried):
+    def seeded(net, carried):
         torch.manual_seed(0)
         return WithTangent(net, carried)(*batch, v[1:])
 
@@ -286,9 +286,10 @@ def check_tangents(net, shape):
             part = net(*(a[1:] for a in batch))
             if not draws and (whole - part).norm() > 1e-3 * part.norm():
                 raise ValueError("the network mixes the samples of a batch")
-            expected = seeded(carried=False)
+            expected = seeded(net.eval(), carried=False)
             try:
-                found = seeded(carried=True)
+                seeded(net.train(), carried=True)  # with dropout
+                found = seeded(net.eval(), carried=True)
             except Exception as error:  # the network has run above, so the error is the Dual's
                 return " ".join(f"{type(error).__name__}: {error}".split()), draws
         finally:
