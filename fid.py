@@ -251,7 +251,7 @@ class Pictures:
             self.rows = range(len(self.images))
         elif (path / "meta.json").exists():
             data = shared.Dataset(path)
-            if data.meta.get("vae"):
+            if data.meta["vae"]:
                 shared.fail(f"{path} holds latents; name the folder of images it was made from")
             self.images, self.rows = data.images, data.rows
         else:

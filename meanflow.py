@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import jvp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -215,13 +216,16 @@ class WithTangent(nn.Module):
     """net(z, r, t, y), whose one forward can also give du/dt of the last samples of a batch.
 
     This module is what DDP wraps. carried: the tangents pass through the network beside the values,
-    as `Dual`s; otherwise torch.func.jvp runs those samples again, or the whole batch if the network
-    draws random numbers, as dropout does. `check_tangents` tells both; the default is always right.
+    as `Dual`s; otherwise torch.func.jvp runs those samples again. stochastic: whether the network
+    draws random numbers; then the JVP runs the whole batch, to draw the same. By default, this is
+    whether it has dropout modules. `check_tangents` finds out both.
     """
 
-    def __init__(self, net, carried=True, draws=True):
+    def __init__(self, net, carried=True, stochastic=None):
         super().__init__()
-        self.net, self.carried, self.draws = net, carried, draws
+        self.net, self.carried, self.stochastic = net, carried, stochastic
+        if stochastic is None:
+            self.stochastic = any(isinstance(module, _DropoutNd) for module in self.modules())
 
     def forward(self, z, r, t, y, v=None, tangent=(0.0, 1.0)):
         """u (B, C, H, W); with v (m, C, H, W), the velocity of the last m samples, (u, du/dt).
@@ -240,10 +244,10 @@ class WithTangent(nn.Module):
             u, dudt = u.value, u.tangent
         else:
             devices = [z.device] if z.is_cuda else []
-            with torch.random.fork_rng(devices) if self.draws else nullcontext():
+            with torch.random.fork_rng(devices) if self.stochastic else nullcontext():
                 u = self.net(z, r, t, y)
             first, tangents = n, (v, dr, dt)
-            if self.draws:  # the JVP draws the same numbers again, which are those of all samples
+            if self.stochastic:
                 first = 0
                 tangents = [torch.cat([a.new_zeros(n, *a.shape[1:]), a]) for a in tangents]
             some = tuple(a[first:].clone() for a in (z, r, t))  # torch.compile fails with views
@@ -256,47 +260,48 @@ class WithTangent(nn.Module):
 
 @torch.no_grad()
 def check_tangents(net, shape):
-    """(reason, draws) of a network to be trained, where z is (B, *shape).
+    """(reason, stochastic) of a network to be trained, where z is (B, *shape).
 
     reason: '' where Duals give the du/dt of torch.func.jvp, else what prevents it, in one line.
-    draws: whether the network draws random numbers in training, as dropout does. Tests a copy with
-    random weights, because a new network gives 0; they are scaled so that signals keep their size.
-    Uses three samples, two of them with tangents. ValueError where samples of a batch are mixed.
+    stochastic: whether the network draws random numbers, as dropout does. ValueError where the
+    output of a sample depends on other samples. Tests a copy with random weights, because a new
+    network gives 0; they are scaled so that signals keep their size. Uses three samples, two of
+    them with tangents.
     """
-    net, device = copy.deepcopy(net).train(), next(net.parameters()).device
+    net, device = copy.deepcopy(net), next(net.parameters()).device
     generator = torch.Generator(device).manual_seed(0)
     for parameter in net.parameters():
         std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.1
         parameter.normal_(std=std, generator=generator)
     z, v = torch.randn(2, 3, *shape, generator=generator, device=device)
     t = torch.tensor([0.3, 0.6, 0.9], device=device)
-    batch = z, t / 2, t, torch.zeros_like(t, dtype=torch.long)
+    batch = t / 2, t, torch.zeros_like(t, dtype=torch.long), v[1:]
     cuda, precision = device.type == "cuda", torch.get_float32_matmul_precision()
-    random_state = torch.cuda.get_rng_state if cuda else torch.get_rng_state
 
-    def seeded(net, carried):
-        torch.manual_seed(0)
-        return WithTangent(net, carried)(*batch, v[1:])
+    def random_state():
+        return torch.cat([torch.get_rng_state(), *([torch.cuda.get_rng_state()] if cuda else [])])
 
-    torch.set_float32_matmul_precision("highest")  # TF32 would hide a small difference
     with torch.random.fork_rng([device] if cuda else []):
+        torch.manual_seed(0)
+        state, u = random_state(), net(z, *batch[:3])
+        stochastic = not torch.equal(random_state(), state)
+        torch.manual_seed(0)
+        change = net(torch.cat([v[:1], z[1:]]), *batch[:3]) - u  # of the first sample alone
+        if change[1:].norm() > 1e-3 * u[1:].norm():
+            raise ValueError("the network mixes samples, or its random numbers are not torch's")
+        torch.set_float32_matmul_precision("highest")  # TF32 would hide a small difference
         try:
-            state, whole = random_state(), net(*batch)[1:]
-            draws = not torch.equal(random_state(), state)
-            part = net(*(a[1:] for a in batch))
-            if not draws and (whole - part).norm() > 1e-3 * part.norm():
-                raise ValueError("the network mixes the samples of a batch")
-            expected = seeded(net.eval(), carried=False)
-            try:
-                seeded(net.train(), carried=True)  # with dropout
-                found = seeded(net.eval(), carried=True)
-            except Exception as error:  # the network has run above, so the error is the Dual's
-                return " ".join(f"{type(error).__name__}: {error}".split()), draws
+            WithTangent(net)(z, *batch)  # as in training; what follows is without dropout
+            found = WithTangent(net.eval())(z, *batch)
+        except Exception as error:  # the network has run above, so the error is the Dual's
+            return " ".join(f"{type(error).__name__}: {error}".split()), stochastic
+        else:
+            expected = WithTangent(net, carried=False)(z, *batch)
         finally:
             torch.set_float32_matmul_precision(precision)
     difference = max((a - b).norm() / b.norm() for a, b in zip(found, expected, strict=True))
     reason = "" if difference < 1e-3 else f"it differs by {difference:.1e} from torch.func.jvp's"
-    return reason, draws
+    return reason, stochastic
 
 
 def method(function, reflected=False):

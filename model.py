@@ -288,7 +288,10 @@ class UNet(nn.Module):
 
 
 def build(name, meta, conditioning="t,t-r"):
-    """The network of CONFIGS[name] or UNETS[name] for a dataset whose meta.json is `meta`."""
+    """The network of CONFIGS[name] or UNETS[name] for a dataset whose meta.json is `meta`.
+
+    ValueError where it does not suit the size of the pictures.
+    """
     (channels, size, width), classes = meta["shape"], len(meta["classes"])
     if size != width:
         raise ValueError(f"pictures of {size} x {width} are not square")

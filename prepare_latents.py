@@ -740,7 +740,7 @@ def load_file(path):
         zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not: FID's Inception
         with torch.serialization.safe_globals([argparse.Namespace]):  # which is data only
             found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return dict(found)
+        return {**found}
     except OSError as error:
         fail(f"{path}: {error.strerror or error}")
     except pickle.UnpicklingError:
@@ -753,7 +753,7 @@ def load_file(path):
 def weights_in(found):
     """{name: tensor} of a dict by `load_file`: in a training script's checkpoint, the EMA's."""
     for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
-        found = found.get(name, found)
+        found = found[name] if isinstance(found.get(name), dict) else found
     return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 

@@ -126,8 +126,10 @@ def load_checkpoint(path):
     """(EMA network on the CPU, the whole checkpoint)."""
     checkpoint = read_network(path)
     args = checkpoint["args"]
-    with torch.device("meta"):  # the checkpoint's tensors are used directly
+    try:
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
+    except (KeyError, ValueError) as error:
+        shared.fail(f"{path}: model.py has no such network ({error!r})")
     shared.load_strictly(net, checkpoint["ema"], path)
     return net.eval(), checkpoint
 
@@ -225,7 +227,7 @@ def main(args):
     out, kind, num = args.out, args.kind, args.num
     net, meta = net.to(device), checkpoint["meta"]
     vae = shared.load_vae(args.vae).to(device) if args.vae else None
-    if bool(vae) != bool(meta.get("vae")):
+    if bool(vae) != bool(meta["vae"]):
         draws = "pixels: leave out" if vae else "latents: name the weights of their"
         shared.fail(f"{args.checkpoint} draws {draws} --vae")
     if vae and vae.fingerprint() != meta["vae"] != "unknown":

@@ -290,8 +290,8 @@ def main(args):
         lattices = [
             schedules.time_pairs(quantile, gap).float().to(device) for gap in pairwise(EDGES)
         ]
-        if not all(lattice.numel() for lattice in lattices):
-            shared.fail(f"--affinity-every: the time sampler lacks gaps of one of {GAPS}")
+        if empty := [gap for gap, pairs in zip(GAPS, lattices, strict=True) if not pairs.numel()]:
+            shared.fail(f"--affinity-every: --time-sampler and its flags give no gaps in {empty}")
     if args.accel in schedules.ALPHAS:
         alpha = partial(schedules.ALPHAS[args.accel], gamma=args.snr_gamma)
         alpha_mean = schedules.mean_over_v_samples(alpha, quantile)
@@ -308,7 +308,10 @@ def main(args):
         given = read_network(args.init_from, args.conditioning)
         theirs, sizes = given["args"], CONFIGS | UNETS
         for name, same in [
-            ("model", sizes.get(theirs["model"]) == sizes.get(args.model)),
+            (
+                "model",
+                sizes.get(theirs["model"], theirs["model"]) == sizes.get(args.model, args.model),
+            ),
             ("conditioning", theirs["conditioning"] == args.conditioning),
         ]:
             if not same:
@@ -377,7 +380,7 @@ def main(args):
         null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
         p=args.adaptive_p, c=args.adaptive_c, **guidance,
     )  # fmt: skip
-    reason, draws = meanflow.check_tangents(net, meta["shape"])
+    reason, stochastic = meanflow.check_tangents(net, meta["shape"])
     if reason:
         say(f"note: du/dt by torch.func.jvp, which is slower; see RULES in meanflow.py: {reason}")
     torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
@@ -386,9 +389,10 @@ def main(args):
             block.forward = partial(meanflow.checkpointed, block.forward)
         if args.compile and not reason:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
-    plain = model = meanflow.WithTangent(net, not reason, draws)
-    # Inside a compiled block torch.func.jvp would run uncompiled.
-    if args.compile and reason and not draws:
+    plain = model = meanflow.WithTangent(net, not reason, stochastic)
+    # Inside a compiled block torch.func.jvp would run uncompiled. Compiled, its random numbers
+    # would not be the forward's.
+    if args.compile and reason and not stochastic:
         plain.compile(dynamic=False)
     if world > 1:
         torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
@@ -400,9 +404,8 @@ def main(args):
 
     def update(step):
         """A step of Adam and of the running average; returns the norm of the gradient."""
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        optimizer.param_groups[0]["lr"] = learning_rate(step)
+        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay views of its buckets
         update_ema(list(ema.parameters()), list(net.parameters()), None)
