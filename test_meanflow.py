@@ -2368,6 +2368,7 @@ def test_the_tables_of_digits_follow_from_the_runs():
     plain = {"none": "MeanFlow", "beta": "+ β", "minsnr": "+ MinSNR", "minsnr-beta": "+ MinSNR + β"}
     plain |= {"dtd": "+ DTD", "dtd-beta": "+ DTD + β"}
     uniform = {"uniform-none": "MeanFlow", "uniform-minsnr": "+ MinSNR"}
+    uniform_u = {f"u-{name}": caption for name, caption in uniform.items()}
     dtd = {"dtd": "DTD", "dtd-v": "r = t only", "dtd-cap-0.05": "to 5 %", "dtd-cap-0.1": "to 10 %"}
     dtd |= {"dtd-patience-20": "by the loss", "none": "no DTD"}
     guided = {"guided": "MeanFlow", "guided-minsnr-beta": "+ MinSNR + β"}
@@ -2384,6 +2385,7 @@ def test_the_tables_of_digits_follow_from_the_runs():
             yield digit_table(runs, rows, title, columns)
 
     tables = [*by_length(plain, 500, 1000, 2000, 4000), *by_length(uniform, 1000, 2000, 4000)]
+    tables += [next(by_length(uniform_u, 1000, 2000, 4000))]
     tables += [by_way(dtd, 2000), by_way(guided, 1563)]
     readme = by_way(plain, 2000)
     print("", *tables, readme, sep="\n\n")
