@@ -290,7 +290,7 @@ def main(args):
         lattices = [
             schedules.time_pairs(quantile, gap).float().to(device) for gap in pairwise(EDGES)
         ]
-        if empty := [gap for gap, pairs in zip(GAPS, lattices, strict=True) if not pairs.numel()]:
+        if empty := [gap for gap, some in zip(GAPS, lattices, strict=True) if not some.numel()]:
             shared.fail(f"--affinity-every: --time-sampler and its flags give no gaps in {empty}")
     if args.accel in schedules.ALPHAS:
         alpha = partial(schedules.ALPHAS[args.accel], gamma=args.snr_gamma)
@@ -307,11 +307,9 @@ def main(args):
     if args.init_from and not saved:
         given = read_network(args.init_from, args.conditioning)
         theirs, sizes = given["args"], CONFIGS | UNETS
+        their_size, our_size = (sizes.get(m, m) for m in (theirs["model"], args.model))
         for name, same in [
-            (
-                "model",
-                sizes.get(theirs["model"], theirs["model"]) == sizes.get(args.model, args.model),
-            ),
+            ("model", their_size == our_size),
             ("conditioning", theirs["conditioning"] == args.conditioning),
         ]:
             if not same:
@@ -390,8 +388,8 @@ def main(args):
         if args.compile and not reason:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
     plain = model = meanflow.WithTangent(net, not reason, stochastic)
-    # Inside a compiled block torch.func.jvp would run uncompiled. Compiled, its random numbers
-    # would not be the forward's.
+    # As a whole: inside a compiled block torch.func.jvp would run uncompiled. Compiled, it would
+    # not draw the random numbers of the forward.
     if args.compile and reason and not stochastic:
         plain.compile(dynamic=False)
     if world > 1:
