@@ -1460,9 +1460,8 @@ class OwnNetwork(nn.Module):
         self.register_buffer("one", torch.ones(1), persistent=False)
 
     def forward(self, z, r, t, y):
-        return (
-            self.conv(z) * (self.one + t - r)[:, None, None, None] + self.label(y)[:, None, :, None]
-        )
+        gap = (self.one + t - r)[:, None, None, None]
+        return self.conv(z) * gap + self.label(y)[:, None, :, None]
 
 
 def test_a_network_of_ones_own_trains_starts_and_draws(glyphs, tmp_path, monkeypatch, capsys):
