@@ -176,6 +176,19 @@ class Resample(nn.Module):
         return self.resize(x, kernel, stride=2, padding=1, groups=channels)
 
 
+class Dropout(nn.Module):
+    """nn.Dropout, but the mask does not depend on the memory layout, which compilation changes."""
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        return x * (torch.rand(x.shape, device=x.device) >= self.p) / (1 - self.p)
+
+
 class UNetBlock(nn.Module):
     """Two convolutions, shifted by the conditioning c, and a shortcut; then maybe attention.
 
@@ -188,7 +201,7 @@ class UNetBlock(nn.Module):
         self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs)
         self.shift = nn.Linear(width, outputs)
         self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs)
-        self.dropout = nn.Dropout(0.2)
+        self.dropout = Dropout(0.2)
         self.resample = Resample(resample == "up") if resample else nn.Identity()
         changes = inputs != outputs or resample
         self.skip = conv(inputs, outputs, 1) if changes else nn.Identity()

@@ -52,7 +52,7 @@ import prepare_latents
 import sample
 import schedules
 import train
-from meanflow import LINEAR, RULES, Dual, Objective, WithTangent
+from meanflow import Objective
 from model import CONDITIONINGS, CONFIGS, UNETS, DiT, UNet, build, sincos_positions, sinusoids
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -96,6 +96,31 @@ def textbook_loss(net, x, e, r, t, y, weight, goal, noise=0):
     square = (delta**2).sum((1, 2, 3))
     loss = (weight * square / (square.detach() + goal.c) ** goal.p).mean()
     return loss, square.detach() / x[0].numel()
+
+
+def textbook_in_parts(net, x, e, r, t, y, num_neq, weight, goal):
+    """The same for a network with random layers: in the order in which meanflow.loss draws, whose
+    last samples, those with r < t, run by themselves; guided by what training drew where r = t."""
+    n, (z, v), us, dudts = len(x) - num_neq, meanflow.interpolate(x, e, t), [], []
+    guided = (goal.omega, goal.kappa) != (1, 0)
+    with torch.no_grad():
+        u_null = net(z, t, t, torch.full_like(y, net.num_classes)) if guided else None
+        u_label = net(z[n:], t[n:], t[n:], y[n:]) if goal.kappa else 0
+    for part in (slice(n, None), slice(n)):
+        if part.stop is None and guided:
+            v_neq = meanflow.guided_velocity(v[n:], u_label, u_null[n:], t[n:], y[n:], goal)
+            v = torch.cat([v[:n], v_neq])
+        at, along = (z[part], r[part], t[part]), (v[part], 0 * r[part], torch.ones_like(t[part]))
+        with sdpa_kernel(SDPBackend.MATH):
+            u, dudt = torch.func.jvp(lambda *a, y=y[part]: net(*a, y), at, along)
+        us.insert(0, u)
+        dudts.insert(0, dudt)
+    if guided:
+        v_eq = meanflow.guided_velocity(v[:n], us[0].detach(), u_null[:n], t[:n], y[:n], goal)
+        v = torch.cat([v_eq, v[n:]])
+    delta = torch.cat(us) - (v - (t - r)[:, None, None, None] * torch.cat(dudts)).detach()
+    square = (delta**2).sum((1, 2, 3))
+    return (weight * square / (square.detach() + goal.c) ** goal.p).mean()
 
 
 def gradients(net, loss):
@@ -269,10 +294,9 @@ def test_the_printed_and_the_economical_step_equal_the_textbook(omega, kappa, in
     size = (noise.square().mean() / (e - x).square().mean()).item()
     assert size == pytest.approx(32 * 0.3**2, rel=0.3)  # of 32 dimensions
     spoilt = whole(net, textbook_loss(*textbook, noise))
-    for model in (WithTangent(net), WithTangent(net, carried=False), net):
-        batch = model, x, e, r, t, y, 8, weight, objective
-        assert_same(whole(net, meanflow.loss(*batch)), expected)
-        assert_same(whole(net, meanflow.loss(*batch, v_noise=noise)), spoilt)
+    batch = net, x, e, r, t, y, 8, weight, objective
+    assert_same(whole(net, meanflow.loss(*batch)), expected)
+    assert_same(whole(net, meanflow.loss(*batch, v_noise=noise)), spoilt)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -283,26 +307,33 @@ class PeakMemory(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **kwargs or {})
-        tensors = [a for a in tree_leaves(result) if isinstance(a, torch.Tensor)]
-        self.held.update(tensor.untyped_storage() for tensor in tensors)
+        def storages(values):
+            tensors = [a for a in tree_leaves(values) if isinstance(a, torch.Tensor)]
+            return {
+                storage._cdata: storage for storage in map(torch.Tensor.untyped_storage, tensors)
+            }
+
+        given, result = storages((args, kwargs)), function(*args, **kwargs or {})
+        self.held.update(s for key, s in storages(result).items() if key not in given)  # no views
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.held))
         return result
 
 
-@pytest.mark.parametrize(("name", "more"), [("B/4", 0), ("S/2", 0.05)])
-def test_a_step_costs_no_more_than_its_parts_need(name, more):
+@pytest.mark.parametrize(("name", "most"), [("B/4", 3.52), ("S/2", 3.55)])
+def test_a_step_costs_no_more_than_its_parts_need(name, most, monkeypatch):
     """In forwards, of which flow matching takes 3, and in memory, of which it takes 1. That fake
     tensors can do it shows that neither loss nor curriculum waits to see a value on a GPU."""
+    monkeypatch.setattr(meanflow, "random_state", lambda device: None)  # its bytes are not fake
     with FakeTensorMode(), sdpa_kernel(SDPBackend.MATH):  # the counter knows no other on a CPU
         net = build(name, dict(shape=(4, 32, 32), classes=range(1000)))
         x, e = torch.randn(2, 16, 4, 32, 32)
         y, dtd = torch.arange(16), schedules.DTD(steps=100)
 
-        def cost(num_neq, **guidance):
-            with FlopCounterMode(display=False) as flops, PeakMemory() as memory:
+        def cost(num_neq, count=True, **guidance):
+            flops = FlopCounterMode(display=False)  # its hooks hold what checkpointing frees
+            with flops if count else contextlib.nullcontext(), PeakMemory() as memory:
                 t, r = schedules.sample_t_r(16 - num_neq, num_neq, LOGNORM, dtd.mass)
-                batch = WithTangent(net), x, e, r, t, y, num_neq
+                batch = net, x, e, r, t, y, num_neq
                 loss, errors = meanflow.loss(*batch, objective=Objective(1000, **guidance))
                 loss.backward()
                 dtd.update(errors.mean(), 0)
@@ -313,248 +344,188 @@ def test_a_step_costs_no_more_than_its_parts_need(name, more):
             net(x, torch.rand(16), torch.rand(16), y)
         (flow_matching, base), forward = cost(0), forward.get_total_flops()
         assert flow_matching / forward == pytest.approx(3, abs=0.01)
-        for guidance, bound in [({}, 3.3), ({"omega": 2}, 4.3), ({"kappa": 0.92}, 4.55)]:
+        for guidance, more in [({}, 0), ({"omega": 2}, 1), ({"kappa": 0.92}, 1.25)]:
             flops, peak = cost(4, **guidance)
             print(name, guidance, flops / forward, peak / base)
-            assert 3.2 < flops / forward <= bound + more
+            assert most - 0.1 < flops / forward - more <= most
             assert peak <= 1.05 * base
         for block in net.blocks:
-            block.forward = partial(meanflow.checkpointed, block.forward)
-        assert cost(4)[1] < 0.85 * base
-
-
-WEIGHT = torch.linspace(-1, 1, 12, dtype=torch.float64).view(3, 4)
-KERNEL = torch.linspace(-1, 1, 36, dtype=torch.float64).view(2, 2, 3, 3)
-
-
-def labels(a):
-    y = torch.tensor([0, 2, 1, 0, 2])
-    return Dual(y, torch.zeros_like(y[:2])) if isinstance(a, Dual) else y[-2:]
-
-
-RULE_CASES = {  # a function of three values (B, 2, 6, 4), by the name of its rule
-    "add": lambda a, b, c: 1 + a + b + WEIGHT[0] + (WEIGHT[0] + c),
-    "sub": lambda a, b, c: (a - b - 1) * (1 - a) * (WEIGHT[0] - c),
-    "mul": lambda a, b, c: 2 * a * b[:, :1] * WEIGHT[0] * (WEIGHT[0] * c),
-    "div": lambda a, b, c: a / b + c / 2 + a / WEIGHT[0] + 1 / b + WEIGHT[0] / c,
-    "pow": lambda a, b, c: a**2 + b**3 + c.pow(-1),
-    "neg": lambda a, b, c: -a * b,
-    **{
-        name: lambda a, b, c, name=name: getattr(torch, name)(a) * getattr(b, name)()
-        for name in ("exp", "square", "cos", "sin", "tanh", "sigmoid", "relu")
-    },
-    "sqrt": lambda a, b, c: a.square().sqrt() * (b * b).sqrt(),
-    "embedding": lambda a, b, c: a * F.embedding(labels(a), WEIGHT)[:, None, None],
-    "silu": lambda a, b, c: F.silu(a) + F.silu(b + c, inplace=True),
-    "gelu": lambda a, b, c: F.gelu(a, approximate="tanh") + F.gelu(b),
-    "softmax": lambda a, b, c: a.softmax(-1) * torch.softmax(b, 1) * F.softmax(c, dim=2),
-    "linear": lambda a, b, c: F.linear(a, WEIGHT, WEIGHT[:, 0]) + F.linear(b, WEIGHT),
-    "conv2d": lambda a, b, c: F.conv2d(a, KERNEL, KERNEL[0, 0, 0, :2], padding=1),
-    "conv_transpose2d": lambda a, b, c: F.conv_transpose2d(a, KERNEL, KERNEL[0, 0, 0, :2], 2, 1),
-    "group_norm": lambda a, b, c: (
-        F.group_norm(a, 2) + F.group_norm(b * c, 1, KERNEL[0, 0, 0, :2], KERNEL[1, 0, 0, :2], 0.1)
-    ),
-    "layer_norm": lambda a, b, c: F.layer_norm(a, (4,), *WEIGHT[:2]) + F.layer_norm(b, (6, 4)),
-    "rms_norm": lambda a, b, c: F.rms_norm(a, (4,), WEIGHT[0], 0.1) + F.rms_norm(b, (6, 4)),
-    "scaled_dot_product_attention": F.scaled_dot_product_attention,
-    "reshape": lambda a, b, c: a.reshape(-1, 6, 8) + b.view(b.shape[0], 6, 8),
-    "cat": lambda a, b, c: torch.cat([a, b, c], dim=2),
-    "stack": lambda a, b, c: torch.stack([a, b, c], dim=1),
-    "chunk": lambda a, b, c: a.chunk(2, -1)[1],
-    "split": lambda a, b, c: a.split([1, 3], -1)[1] * torch.split(b, 3, -1)[0],
-    "permute": lambda a, b, c: a.permute(0, 2, 3, 1) * torch.permute(b, (0, 2, 3, 1)),
-    "unsqueeze": lambda a, b, c: a.unsqueeze(1) * b[:, None],
-    "mean": lambda a, b, c: a - a.mean(1, keepdim=True),
-    "sum": lambda a, b, c: a.sum(dim=(2, 3)),
-    "unbind": lambda a, b, c: a.unbind(2)[3],
-    "transpose": lambda a, b, c: a.transpose(1, 3),
-    "unflatten": lambda a, b, c: a.unflatten(-1, (2, 2)),
-    "flatten": lambda a, b, c: a.flatten(2),
-    "pixel_unshuffle": lambda a, b, c: F.pixel_unshuffle(a, 2),
-    "pixel_shuffle": lambda a, b, c: F.pixel_shuffle(a.transpose(1, 3), 2),
-}
-
-
-@pytest.mark.parametrize("name", sorted(LINEAR | set(RULES)))
-def test_each_rule_gives_the_tangent_of_forward_ad(name):
-    function, g = RULE_CASES[name], torch.Generator().manual_seed(0)
-    values = torch.randn(3, 5, 2, 6, 4, generator=g, dtype=torch.float64)
-    tangents = torch.randn(3, 2, 2, 6, 4, generator=g, dtype=torch.float64)
-    ours = function(*map(Dual, values, tangents))
-    with sdpa_kernel(SDPBackend.MATH):
-        value, tangent = torch.func.jvp(function, tuple(values[:, -2:]), tuple(tangents))
-    assert_close(ours.value[-2:], value)
-    assert_close(ours.tangent, tangent, rtol=1e-12, atol=1e-12)
+            block.forward = partial(train.checkpoint_block, block.forward)
+        assert cost(4, count=False)[1] < 0.85 * base
 
 
 @pytest.mark.parametrize("conditioning", CONDITIONINGS)
-def test_both_derivatives_equal_central_finite_differences(conditioning):
+def test_the_derivative_equals_central_finite_differences(conditioning):
     net, (x, e, r, t, y, _) = small_dit(conditioning), small_batch()
     (z, v), h = meanflow.interpolate(x, e, t), 1e-5
-    ahead, behind = (net(z + s * v, r + s * 0.3, t + s * 0.9, y)[5:] for s in (h, -h))
-    for carried in (True, False):
-        u, dudt = WithTangent(net, carried)(z, r, t, y, v[5:], (0.3, 0.9))
-        assert (dudt - (ahead - behind) / (2 * h)).abs().max() < 1e-7 * dudt.abs().max()
-        assert_close(u, net(z, r, t, y), rtol=0, atol=0)
-        assert (u.requires_grad, dudt.requires_grad) == (True, False)
-    _, by_carrying = WithTangent(net)(z, r, t, y, v[5:], (0.3, 0.9))
-    assert_close(by_carrying, dudt, rtol=1e-11, atol=1e-13)
-    before = copy.deepcopy(net.float().state_dict())
-    assert meanflow.check_tangents(net, (2, 4, 4)) == ("", False)
-    assert_close(net.state_dict(), before, rtol=0, atol=0)
+    ahead, behind = (net(z + s * v, r + s * 0.3, t + s * 0.9, y) for s in (h, -h))
+    dudt = meanflow.derivative(net, z, r, t, y, v, (0.3, 0.9))
+    assert (dudt - (ahead - behind) / (2 * h)).abs().max() < 1e-7 * dudt.abs().max()
+    assert not dudt.requires_grad
 
 
-class SwiGLU(nn.Module):
+class ForkedBlock(nn.Module):
+    """What forks change first: rotary positions, RMSNorm of queries and keys, SwiGLU, no biases;
+    and a convolution whose weight depends on the sample."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [(16, 48), (16, 16), (16, 64), (32, 16), (16, 16)]
+        self.qkv, self.proj, self.up, self.down, self.mix = (
+            nn.Linear(*sizes, bias=False) for sizes in layers
+        )
+        self.norm1, self.norm2 = nn.RMSNorm(16), nn.RMSNorm(16)
+        self.norm_q, self.norm_k = nn.RMSNorm(8), nn.RMSNorm(8)
+
+    def forward(self, x, c):
+        angle = torch.arange(4)[:, None] / 100 ** (torch.arange(4) / 4)  # of 4 tokens, (N, 4)
+        turn = torch.polar(torch.ones_like(angle), angle).to(torch.complex128)
+
+        def rotate(a):
+            return torch.view_as_real(torch.view_as_complex(a.unflatten(-1, (4, 2))) * turn)
+
+        q, k, v = rearrange(
+            self.qkv(self.norm1(x + c[:, None])), "b n (s h d) -> s b h n d", s=3, h=2
+        )
+        q, k = (rotate(a).flatten(-2) for a in (self.norm_q(q), self.norm_k(k)))
+        h = F.scaled_dot_product_attention(q, k, v)
+        x = x + self.proj(rearrange(h, "b h n d -> b n (h d)"))
+        a, b = self.up(self.norm2(x)).chunk(2, -1)
+        x = x + F.linear(input=self.down(F.silu(a) * b), weight=self.mix.weight, bias=None)
+        weight = (self.mix.weight * c[:, None]).flatten(0, 1)[..., None, None]  # (B D, D, 1, 1)
+        h = F.conv2d(x.mT.flatten(0, 1)[None, ..., None], weight, groups=len(x))
+        return x + h.view(len(x), 16, -1).mT.cumsum(1)
+
+
+class SelfAttention(nn.MultiheadAttention):
     def forward(self, x):
-        a, b = x.chunk(2, -1)
-        return F.silu(a) * b
+        return super().forward(x, x, x)[0]
 
 
-FORKS = {  # what the reason says, or nothing where tangents are carried: change
-    "": lambda x: x,
-    "cumsum": lambda x: x + x.cumsum(1),
-    "einops": lambda x: rearrange(x, "b n (h d) -> b n (d h)", h=2),
-    "differs": lambda x: x * (x == x[:, :1]),
+def test_a_fork_trains_like_the_textbook(monkeypatch):
+    """With a conditioning, blocks of its own, and torch's own attention layer."""
+    monkeypatch.setitem(CONDITIONINGS, "fork", lambda r, t: (t * r, 1 - t))
+    net = small_dit("fork")
+    net.blocks = nn.ModuleList([ForkedBlock(), net.blocks[0], ForkedBlock()]).double()
+    net.blocks[1].attn = SelfAttention(16, 2, batch_first=True).double()
+    for num_neq in (0, 1, 4, 10):
+        *batch, weight = small_batch(10 - num_neq, num_neq)
+        goal = Objective(3, omega=0.7, kappa=0.5)
+        ours = meanflow.loss(net, *batch, num_neq, weight, goal)
+        assert_same(whole(net, ours), whole(net, textbook_loss(net, *batch, weight, goal)))
+
+
+MASKS = {
+    "dropout": lambda x: F.dropout(x, 0.3).cumsum(1),
+    "dropout of features": lambda x: F.dropout1d(x, 0.3),
+    "rand": lambda x: x * (torch.rand(x.shape[0], 1, 1) > 0.3),
+    "drop path": lambda x: x * x.new_empty(len(x), 1, 1).bernoulli_(0.7),
+    "normal": lambda x: x + torch.randn_like(x.mT).mT,
 }
 
 
-@pytest.mark.parametrize("reason", FORKS)
-def test_a_fork_carries_tangents_or_says_why_not_and_trains_like_the_textbook(reason, monkeypatch):
-    """What a fork changes first: RMSNorm, SwiGLU, no biases, times; and a block's input."""
-    monkeypatch.setitem(CONDITIONINGS, "fork", lambda r, t: (t * r, 1 - t))
-    net, linear = small_dit("fork"), partial(nn.Linear, bias=False)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("guidance", [{}, dict(omega=0.2, kappa=0.92)])
+def test_random_layers_draw_the_same_for_u_and_its_derivative(mask, guidance):
+    net, (*batch, weight), goal = small_dit(), small_batch(4, 6), Objective(3, **guidance)
     for block in net.blocks:
-        block.attn.qkv, block.norm1 = linear(16, 48), nn.RMSNorm(16)
-        block.mlp = nn.Sequential(linear(16, 64), SwiGLU(), linear(32, 16))
-        block.register_forward_pre_hook(lambda _, args: (FORKS[reason](args[0]), args[1]))
-    net.initialize()
-    for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    found, _ = meanflow.check_tangents(net.float(), (2, 4, 4))
-    assert bool(found) == bool(reason)
-    assert reason in found
-    net.double()
-    for num_neq in (0, 1, 4, 10):
-        *batch, weight = small_batch(10 - num_neq, num_neq)
-        model, goal = WithTangent(net, carried=not found), Objective(3, omega=0.7, kappa=0.5)
-        ours = meanflow.loss(model, *batch, num_neq, weight, goal)
-        expected = textbook_loss(net, *batch, weight, goal)
-        assert_same(whole(net, ours), whole(net, expected))
-
-
-def test_a_wrong_rule_or_a_broken_network_is_found(monkeypatch):
-    net = small_dit().float()
-    monkeypatch.setitem(RULES, "cos", lambda d, x: x.sin() * d[0])
-    assert "differs" in meanflow.check_tangents(net, (2, 4, 4))[0]
-    net.blocks[1].mlp = nn.Linear(5, 16)
-    with pytest.raises(RuntimeError, match="mat1 and mat2"):  # its own error
-        meanflow.check_tangents(net, (2, 4, 4))
-
-
-def test_a_network_that_mixes_samples_is_refused():
-    net = small_dit().float()
-    net.blocks[0].mlp[0] = nn.Sequential(nn.Linear(16, 64), nn.BatchNorm1d(4), nn.Dropout(0.1))
-    with pytest.raises(ValueError, match="mixes samples"):
-        meanflow.check_tangents(net, (2, 4, 4))
-
-
-@pytest.mark.parametrize(
-    ("carried", "mask"),
-    [
-        (True, lambda x: F.dropout(x, 0.3)),
-        (False, lambda x: F.dropout(x, 0.3).cumsum(1)),
-        (False, lambda x: x * (torch.rand(x.shape[0], 1, 1) > 0.3)),
-        (False, lambda x: x * torch.bernoulli(torch.full(x.shape, 0.7))),
-    ],
-)
-def test_random_numbers_in_training_are_the_same_for_u_and_its_derivative(carried, mask):
-    net, (*batch, weight) = small_dit().float(), small_batch(4, 6)
-
-    def hook(block, args):
-        return mask(args[0]) if block.training else args[0], args[1]
-
-    for block in net.blocks:
-        block.register_forward_pre_hook(hook)
-    reason, stochastic = meanflow.check_tangents(net, (2, 4, 4))
-    assert (not reason, stochastic) == (carried, True)
-
-    def gradient(loss, *args):
+        block.register_forward_pre_hook(lambda block, args: (MASKS[mask](args[0]), args[1]))
+    found = []
+    for loss in (lambda *a: meanflow.loss(*a)[0], textbook_in_parts):
         torch.manual_seed(0)
-        return gradients(net, loss(*args, weight)[0])
-
-    net.double()
-    ours = gradient(meanflow.loss, WithTangent(net, carried, stochastic), *batch, 6)
-    assert_same(ours, gradient(meanflow.textbook_loss, net, *batch))
+        found.append([*gradients(net, loss(net, *batch, 6, weight, goal)), torch.rand(3)])
+    assert_same(*found)  # and the same numbers after
 
 
-@pytest.mark.parametrize("carried", [True, False])
+def step_of(kind):
+    """A network, a batch of 12 samples with r = t and 8 with r < t, weights, and an objective."""
+    if kind == "DiT":
+        *batch, weight = small_batch(12, 8)
+        return small_dit(), batch, weight, Objective(3, 0.2, 0.92, (0.2, 0.8))
+    g = torch.Generator().manual_seed(0)
+    x, e = torch.randn(2, 20, 3, 8, 8, generator=g, dtype=torch.float64)
+    _, _, r, t, y, weight = small_batch(12, 8)
+    y = torch.cat([y[:, None], torch.randn(20, 6, generator=g)], 1).double()  # augmented
+    return small_unet(classes=3, depth=1), (x, e, r, t, y), weight, Objective(3)
+
+
+@pytest.mark.parametrize("kind", ["DiT", "U-Net"])
 @pytest.mark.parametrize("checkpointed", [True, False])
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_compiled_or_checkpointed_step_equals_the_textbook(compiled, checkpointed, carried):
-    """Compiled in one graph: a break in it would be an error; and once."""
-    net, batch = small_dit(), small_batch(12, 8)
-    goal = Objective(3, omega=0.2, kappa=0.92, cfg_interval=(0.2, 0.8))
-    expected = gradients(net, textbook_loss(net, *batch, goal)[0])
-    model = WithTangent(net, carried)
-    for block in net.blocks if checkpointed else ():
-        block.forward = partial(meanflow.checkpointed, block.forward)
-    if compiled:
-        model, batch = model.float(), [a.float() if a.is_floating_point() else a for a in batch]
-        torch.compiler.reset()
-        for block in net.blocks if carried else ():
-            block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        if not carried:
-            model.compile(fullgraph=True, dynamic=False)
-    *batch, weight = batch
-    step = partial(meanflow.loss, model, *batch, 8, weight, goal)
-    loss, _ = step()
+def test_a_compiled_or_checkpointed_step_equals_the_textbook(kind, checkpointed, compiled):
+    """Also with dropout, in the U-Net, and with guidance, in the DiT. Compiled in one graph: a
+    break in it would be an error; and once. In a compiled block du/dt would be wrong."""
+    net, batch, weight, goal = step_of(kind)
+    torch.manual_seed(5)
+    expected = gradients(net, textbook_in_parts(net, *batch, 8, weight, goal))
+    single = compiled and kind == "DiT"  # torch 2.11 fails to compile attention in float64
+    if single:
+        net, batch = net.float(), [a.float() if a.is_floating_point() else a for a in batch]
+    torch.compiler.reset()
+    train.faster_blocks(net, compiled, checkpointed)
+    step = partial(meanflow.loss, net, *batch, 8, weight, goal)
+    torch.manual_seed(5)
+    found = gradients(net, step()[0])
     with torch.compiler.set_stance("fail_on_recompile"):
         step()
     scale = max(g.abs().max() for g in expected)
-    for ours, theirs in zip(gradients(net, loss), expected, strict=True):
-        assert (ours.double() - theirs).abs().max() < scale * (1e-5 if compiled else 1e-14)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert (ours - theirs).abs().max() < (1e-5 if single else 1e-12) * scale
 
 
-def rank_of_two(rank, folder, carried):
+def rank_of_two(rank, folder, kind):
     """Its halves of two micro-batches, through DDP."""
     store = f"file://{folder}/store"
     torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
-    net = small_dit()
-    model = DistributedDataParallel(WithTangent(net, carried))
+    net, batch, weight, goal = step_of(kind)
+    model = DistributedDataParallel(net)
     for chunk in range(2):
-        *batch, weight = small_batch(6, 4, seed=2 * chunk + rank)
+        rows = torch.arange(2 * chunk + rank, 20, 4)  # 3 with r = t, 2 with r < t
+        torch.manual_seed(2 * chunk + rank)
         with model.no_sync() if chunk == 0 else contextlib.nullcontext():
-            goal = Objective(3, omega=0.2, kappa=0.92)
-            (meanflow.loss(model, *batch, 4, weight, goal)[0] / 2).backward()
+            part = [a[rows] for a in batch]
+            (meanflow.loss(model, *part, 2, weight[rows], goal)[0] / 2).backward()
     torch.save([p.grad for p in net.parameters() if p.requires_grad], f"{folder}/{rank}")
     prepare_latents.leave_ranks()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("carried", [True, False])
-def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path, carried):
-    torch.multiprocessing.spawn(rank_of_two, (tmp_path, carried), 2)
-    net, batches = small_dit(), zip(*(small_batch(6, 4, seed) for seed in range(4)), strict=True)
-    loss, _ = textbook_loss(net, *map(torch.cat, batches), Objective(omega=0.2, kappa=0.92))
-    expected = list(gradients(net, loss))
+@pytest.mark.parametrize("kind", ["DiT", "U-Net"])
+def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path, kind):
+    torch.multiprocessing.spawn(rank_of_two, (tmp_path, kind), 2)
+    (net, batch, weight, goal), total = step_of(kind), 0
+    for seed in range(4):
+        rows = torch.arange(seed, 20, 4)
+        torch.manual_seed(seed)
+        total += textbook_in_parts(net, *(a[rows] for a in batch), 2, weight[rows], goal)
+    expected = list(gradients(net, total / 4))
     for rank in range(2):
-        ours = torch.load(tmp_path / str(rank))
-        assert_close(ours, expected, rtol=1e-10, atol=1e-13)
+        assert_same(torch.load(tmp_path / str(rank)), expected)
 
 
-def test_the_derivative_in_bfloat16_is_as_precise_as_the_velocity():
-    net = build("tiny", dict(shape=(4, 16, 16), classes=[])).double()
+@pytest.mark.parametrize(("name", "least"), [("tiny", 1e-3), ("unet", 1e-4)])
+def test_the_derivative_in_bfloat16_is_as_precise_as_the_velocity(monkeypatch, name, least):
+    monkeypatch.setitem(UNETS, "unet", (1, 32))
+    torch.manual_seed(0)
+    net = build(name, dict(shape=(4, 16, 16), classes=[])).double().eval()
     for parameter in net.parameters():
-        nn.init.normal_(parameter, std=0.05)
-    x, e = torch.randn(2, 16, 4, 16, 16)
+        of_unet = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.05 if name == "tiny" else of_unet)
+    z, v = torch.randn(2, 16, 4, 16, 16)
     _, _, r, t, y, _ = small_batch(0, 16)
-    exact = WithTangent(net)(x.double(), r, t, 0 * y, e.double())
+
+    def both(net, z, r, t, v):
+        with torch.no_grad():
+            return net(z, r, t, 0 * y), meanflow.derivative(net, z, r, t, 0 * y, v)
+
+    exact = both(net, z.double(), r, t, v.double())
     with torch.autocast("cpu", torch.bfloat16):
-        ours = WithTangent(net.float())(x, r.float(), t.float(), 0 * y, e)
+        ours = both(net.float(), z, r.float(), t.float(), v)
     of_u, of_dudt = ((a - b).norm() / b.norm() for a, b in zip(ours, exact, strict=True))
-    print(of_u.item(), of_dudt.item())
-    assert 1e-3 < of_u < 1e-2
-    assert of_dudt < 1.2 * of_u
+    print(name, of_u.item(), of_dudt.item())
+    assert least < of_u < 2e-2
+    assert of_dudt < 1.5 * of_u
 
 
 MEAN, STD = 0.7, 0.4
@@ -575,7 +546,8 @@ def test_the_exact_average_velocity_is_a_fixed_point_and_sampling_arrives_at_the
     _, _, r, t, y, _ = small_batch(0, 64)
     z = torch.randn(64, 1, 2, 2, dtype=torch.float64)
     v = gaussian_flow(z, t, t)
-    u, dudt = WithTangent(gaussian_flow, carried=False)(z, r, t, y, v)
+    u = gaussian_flow(z, r, t)
+    dudt = meanflow.derivative(gaussian_flow, z, r, t, y, v)
     assert_close(meanflow.target(v, r, t, dudt), u, rtol=0, atol=1e-10)
     assert (v - u).abs().mean() > 0.1
     draw, exact = partial(meanflow.sample, gaussian_flow, z, y), MEAN + STD * z
@@ -600,7 +572,7 @@ def test_a_network_trained_on_gaussian_data_learns_the_closed_form():
         optimizer.param_groups[0]["lr"] = 5e-3 * (1 + math.cos(math.pi * step / 3500))
         x, e = torch.randn(2, 512, 1, 1, 1)
         t, r = schedules.sample_t_r(128, 384, uniform)
-        batch = WithTangent(net), MEAN + STD * x, e, r, t, t, 384
+        batch = net, MEAN + STD * x, e, r, t, t, 384
         loss, _ = meanflow.loss(*batch, objective=Objective(p=0))
         optimizer.zero_grad()
         loss.backward()
@@ -629,7 +601,7 @@ def test_the_affinity_is_the_cosine_of_two_gradients():
         assert (num_eq, num_neq) == ((0, 8) if pairs else (8, 0))
         return pairs or (t, t)
 
-    ours = meanflow.affinity(WithTangent(net), x, e, y, sample_times, pairs, goal).tolist()
+    ours = meanflow.affinity(net, x, e, y, sample_times, pairs, goal).tolist()
     assert all(p.grad is None for p in net.parameters())
     losses = [textbook_loss(net, x, e, r, t, y, 1, goal)[0] for t, r in [(t, t), *pairs]]
     of_v, *of_u = (np.concatenate([g.flatten() for g in gradients(net, a)]) for a in losses)
@@ -747,9 +719,9 @@ def test_the_curriculum_moves_on_where_progress_ends_and_by_its_cap_at_last(loss
 # ---------------------------------------------------------------------------- the U-Net
 
 
-def small_unet(classes=0):
+def small_unet(classes=0, depth=2):
     torch.manual_seed(0)
-    net = UNet(3, 8, classes, depth=2, width=32).double()
+    net = UNet(3, 8, classes, depth, width=32).double()
     for parameter in net.parameters():
         if parameter.requires_grad:
             std = parameter[0].numel() ** -0.5 if parameter.dim() > 1 else 0.3
@@ -843,30 +815,6 @@ def test_the_unet_equals_its_formulas():
         assert_close(net(z, r, t, y), net(z, r, t, y[:, 0].long()))
 
 
-@pytest.mark.parametrize("carried", [True, False])
-@pytest.mark.parametrize("augmented", [True, False])
-def test_dropout_has_one_mask_for_u_and_its_derivative(carried, augmented):
-    """The gradient is the one of the printed algorithm, which runs the network once."""
-    net, g = small_unet(classes=3), torch.Generator().manual_seed(0)
-    x, e = torch.randn(2, 8, 3, 8, 8, generator=g, dtype=torch.float64)
-    t, r = (a.double() for a in schedules.sample_t_r(2, 6, LOGNORM, generator=g))
-    y = torch.arange(8) % 3
-    if augmented:
-        y = torch.cat([y[:, None], torch.randn(8, 6, generator=g)], 1).double()
-
-    def gradient(step):
-        torch.manual_seed(5)
-        return gradients(net, step()[0])
-
-    expected = gradient(lambda: meanflow.textbook_loss(net, x, e, r, t, y))
-    ours = gradient(lambda: meanflow.loss(WithTangent(net, carried), x, e, r, t, y, 6))
-    assert_same(ours, expected)
-    torch.manual_seed(6)
-    other = gradients(net, meanflow.textbook_loss(net, x, e, r, t, y)[0])
-    assert (other[0] - expected[0]).norm() > 0.01 * expected[0].norm()
-    assert meanflow.check_tangents(net.float(), (3, 8, 8)) == ("", True)
-
-
 @pytest.mark.slow
 def test_a_step_of_the_unet_costs_what_its_parts_need():
     """In forwards, at the paper's share of r < t."""
@@ -881,12 +829,12 @@ def test_a_step_of_the_unet_costs_what_its_parts_need():
         return flops.get_total_flops()
 
     memory = PeakMemory(), PeakMemory(), contextlib.nullcontext()
-    base = cost(lambda: meanflow.loss(WithTangent(net), x, e, t, t, y, 0), memory[0])
-    ours = cost(lambda: meanflow.loss(WithTangent(net), x, e, r, t, y, 6), memory[1])
+    base = cost(lambda: meanflow.loss(net, x, e, t, t, y, 0), memory[0])
+    ours = cost(lambda: meanflow.loss(net, x, e, r, t, y, 6), memory[1])
     textbook = cost(lambda: meanflow.textbook_loss(net, x, e, r, t, y), memory[2])
     larger = memory[1].peak / memory[0].peak
     print("unet: forwards", 3 * ours / base, "textbook", 3 * textbook / base, "memory", larger)
-    assert 3 * ours / base <= 3.85 < 3 * textbook / base
+    assert 3 * ours / base <= 4.53 < 3 * textbook / base
     assert larger <= 1.15
 
 
@@ -1397,7 +1345,8 @@ def test_training_from_a_flow_matching_model_starts_with_its_velocity(glyphs, tm
         first = metrics(tmp_path / name)[0]
         assert first["v_error"] == pytest.approx(error, rel=1e-4) or name == "guided"
     net, _ = sample.load_checkpoint(path)
-    _, dudt = WithTangent(net.double())(z.double(), r.double(), t.double(), y, v[6:].double())
+    last = [a[6:].double() for a in (z, r, t)]
+    dudt = meanflow.derivative(net.double(), *last, y[6:], v[6:].double())
     state = {name: value.double() for name, value in state.items()}
     source, (z, v, t) = partial(public_network, state, "SiT", 4), (a.double() for a in (z, v, t))
     ahead, behind = (source(z + h * v, t, t + h, y)[6:] for h in (1e-5, -1e-5))
@@ -1956,11 +1905,10 @@ def test_watching_the_affinity_leaves_the_training_as_it_was(glyphs, tmp_path):
         ("--activation-checkpointing", 1e-4),
     ],
 )
-def test_a_faster_or_smaller_run_takes_the_same_steps(glyphs, tmp_path, capsys, flag, tolerance):
+def test_a_faster_or_smaller_run_takes_the_same_steps(glyphs, tmp_path, flag, tolerance):
     flags = ["--steps", 3, "--lr", 1e-3, "--init-from", random_start(glyphs, tmp_path / "given")]
     for out, more in [("plain", []), ("other", [flag])]:
         run(glyphs, tmp_path / out, "--dtype", "float32", *flags, *more)
-    assert "torch.func.jvp" not in capsys.readouterr().out
     rows, plain = metrics(tmp_path / "other"), metrics(tmp_path / "plain")
     for ours, theirs in zip(rows, plain, strict=True):
         assert ours == pytest.approx(theirs, rel=tolerance)
@@ -2024,11 +1972,10 @@ def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsy
     assert not (tmp_path / "none").exists()
 
 
-def rank_of_a_run(rank, port, flags, out, reason=""):
+def rank_of_a_run(rank, port, flags, out):
     """One of two, in this process; leaves its number of graphs and of breaks between graphs."""
     address = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=rank, WORLD_SIZE=2)
     os.environ |= {name: str(value) for name, value in address.items()}
-    meanflow.check_tangents = lambda net, shape: (reason, False)
     UNETS["unet"] = (1, 32)
     train.main(train.parse_args(flags))
     counted = torch._dynamo.utils.counters
@@ -2036,14 +1983,13 @@ def rank_of_a_run(rank, port, flags, out, reason=""):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("reason", ["", "a network of other functions"])
-def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_path, reason):
-    """Tangents carried or not. One rank takes the textbook's steps on whole batches, see above."""
+def test_two_ranks_train_like_one_that_accumulates_which_takes_over(glyphs, tmp_path):
+    """One rank takes the textbook's steps on whole batches, see above."""
     flags = ["--micro-batch-size", 2, "--warmup", 0, "--lr", 1e-3, "--r-neq-t", 0.5]
     flags += ["--accel", "none", "--init-from", random_start(glyphs, tmp_path / "given")]
     alone = run(glyphs, tmp_path / "one", *flags, "--steps", 4)
     two = tiny(glyphs, tmp_path / "two", *flags, "--steps", 2)
-    torch.multiprocessing.spawn(rank_of_a_run, (free_port(), two, tmp_path, reason), 2)
+    torch.multiprocessing.spawn(rank_of_a_run, (free_port(), two, tmp_path), 2)
     state = run(glyphs, tmp_path / "two", *flags, "--steps", 4)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
@@ -2105,8 +2051,8 @@ def test_a_compiled_run_has_a_graph_for_each_way_through_a_block(glyphs, tmp_pat
     torch.multiprocessing.spawn(rank_of_a_run, args, 2)
     for rank in range(2):
         graphs, breaks = torch.load(tmp_path / f"{rank}.graphs")
-        # u of all and of the r < t samples without gradient; with it, du/dt of none, some or all
-        assert (graphs, sum(breaks.values())) == (5, 0)
+        # u of all samples and of those with r < t without gradient; u of all with it
+        assert (graphs, sum(breaks.values())) == (3, 0)
 
 
 # ---------------------------------------------------------------------------- runs that survive
@@ -2257,7 +2203,7 @@ def test_a_run_that_diverges_ends_unsaved(glyphs, tmp_path, monkeypatch, capsys,
     def diverging(model, *args):
         value, errors = loss(model, *args)
         if next(calls) == 4:  # steps 3 to 5 are on their way to the next checkpoint
-            zero = 0 * model.net.label_embed.weight[0, 0]
+            zero = 0 * model.label_embed.weight[0, 0]
             value = value + (math.nan if where == "loss" else zero.sqrt())
         return value, errors
 

@@ -39,6 +39,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import fid
@@ -372,29 +373,17 @@ def main(args):
             )
         )
 
-    # The objective, and the forward with tangents, which DDP wraps.
+    # The objective, and the network as it is trained: checkpointed, compiled, inside DDP.
     guidance = dict(omega=args.omega, kappa=args.kappa) if net.num_classes else {}
     objective = meanflow.Objective(
         null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
         p=args.adaptive_p, c=args.adaptive_c, **guidance,
     )  # fmt: skip
-    reason, stochastic = meanflow.check_tangents(net, meta["shape"])
-    if reason:
-        say(f"note: du/dt by torch.func.jvp, which is slower; see RULES in meanflow.py: {reason}")
-    torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
-    for block in net.blocks:
-        if args.activation_checkpointing:
-            block.forward = partial(meanflow.checkpointed, block.forward)
-        if args.compile and not reason:  # by block: it takes seconds, the whole network minutes
-            block.forward = torch.compile(block.forward, dynamic=False)
-    plain = model = meanflow.WithTangent(net, not reason, stochastic)
-    # As a whole: inside a compiled block torch.func.jvp would run uncompiled. Compiled, it would
-    # not draw the random numbers of the forward.
-    if args.compile and reason and not stochastic:
-        plain.compile(dynamic=False)
+    faster_blocks(net, args.compile, args.activation_checkpointing)
+    model = net
     if world > 1:
         torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
-        model = DistributedDataParallel(plain, gradient_as_bucket_view=True)
+        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
 
     def learning_rate(step):
@@ -411,7 +400,7 @@ def main(args):
 
     if args.bench:
         times = schedules.sample_t_r(num_eq, num_neq, quantile)
-        bench(args, plain, objective, update, autocast, times, num_neq, meta, vae, batches, say)
+        bench(args, net, objective, update, autocast, times, num_neq, meta, vae, batches, say)
         return
 
     if rank == 0:
@@ -529,7 +518,7 @@ def main(args):
             if args.affinity_every and step % args.affinity_every == 0 and chunk == chunks[0]:
                 times = partial(schedules.sample_t_r, quantile=quantile, generator=generator)
                 with autocast:  # after the chunk's own noise, so that training is unchanged
-                    found = meanflow.affinity(plain, x, e, y, times, lattices, objective)
+                    found = meanflow.affinity(net, x, e, y, times, lattices, objective)
                 if world > 1:
                     dist.all_reduce(found)
                 affinities.append(found / world)
@@ -580,6 +569,26 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
 def on_signals(handler, _worker=None):
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         signal.signal(getattr(signal, name), handler)
+
+
+def faster_blocks(net, compiled, checkpointed):
+    """Change how the blocks of a network run, and not what they compute."""
+    torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
+    torch._inductor.config.fallback_random = (
+        True  # so that dropout is the same in du/dt, uncompiled
+    )
+    for block in net.blocks:
+        if compiled:  # by block: it takes seconds, the whole network minutes
+            block.forward = torch.compile(block.forward, dynamic=False)
+        if checkpointed:
+            block.forward = partial(checkpoint_block, block.forward)
+
+
+def checkpoint_block(block, *args):
+    """Keep only the block's input, and run it again for the backward."""
+    if torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
 
 
 def largest_of_ranks(signum):
@@ -691,7 +700,7 @@ class OneStepSamples:
 # ---------------------------------------------------------------------------- --bench
 
 
-def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, batches, say):
+def bench(args, net, objective, update, autocast, times, num_neq, meta, vae, batches, say):
     """Print what a step costs on this machine: loss and gradients of a micro-batch, Adam, EMA.
 
     All that is timed is timed in turn, so that background load affects all of it; the median of the
@@ -699,17 +708,17 @@ def bench(args, model, objective, update, autocast, times, num_neq, meta, vae, b
     """
     if dist.is_initialized():
         shared.fail("--bench measures one device: start it without torchrun")
-    net, device = model.net, next(model.parameters()).device
+    device = next(net.parameters()).device
     cuda, (t, r) = device.type == "cuda", (time.to(device) for time in times)
     if not cuda:
         torch.set_num_threads(1)
     x, e = torch.randn(2, len(t), *meta["shape"], device=device)
     y = torch.arange(len(t), device=device) % max(net.num_classes, 1)
-    losses = {"flow matching": partial(meanflow.loss, model, x, e, t, t, y, 0)}
+    losses = {"flow matching": partial(meanflow.loss, net, x, e, t, t, y, 0)}
     goals = {"MeanFlow": replace(objective, omega=1.0, kappa=0.0)}
     goals |= {"guided MeanFlow": objective} if objective.guided else {}
     for name, goal in goals.items():
-        losses[name] = partial(meanflow.loss, model, x, e, r, t, y, num_neq, objective=goal)
+        losses[name] = partial(meanflow.loss, net, x, e, r, t, y, num_neq, objective=goal)
         if not args.activation_checkpointing:  # torch cannot, under a JVP with a graph
             textbook = partial(meanflow.textbook_loss, net, x, e, r, t, y, objective=goal)
             losses[f"{name}, textbook"] = textbook
