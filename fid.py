@@ -19,9 +19,12 @@ import torch
 import torch.distributed as dist
 from scipy.linalg import eigvalsh, lapack
 from torch import nn
-from torch.utils.data import DataLoader
 
-import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
+from model import fail, load_file, load_strictly, weights_in
+from prepare_latents import (
+    Dataset, Progress, batches_of, default_workers, image_files, join_ranks, leave_ranks,
+    read_image, reading, replace_file,
+)  # fmt: skip
 
 FEATURES, CLASSES = 2048, 1008
 # The Inception score is the mean over splits of 5,000 consecutive images, as in ADM's evaluation.
@@ -133,7 +136,7 @@ def load_inception(path):
     """Inception with the public weights pt_inception-2015-12-05, frozen."""
     net = Inception()
     counters = {k: v for k, v in net.state_dict().items() if "num_batches" in k}  # may be missing
-    shared.load_strictly(net, counters | shared.weights_in(shared.load_file(path)), path)
+    load_strictly(net, counters | weights_in(load_file(path)), path)
     return net.eval().requires_grad_(False)
 
 
@@ -203,7 +206,7 @@ def open_npz(path):
         with zipfile.ZipFile(path), np.load(path) as file:  # ZipFile has the clearer errors
             yield file
     except Exception as error:  # numpy and zipfile raise many kinds
-        shared.fail(f"{path} cannot be read as statistics or images ({error!r}); make it again")
+        fail(f"{path} cannot be read as statistics or images ({error!r}); make it again")
 
 
 def load_statistics(path):
@@ -218,7 +221,7 @@ def load_statistics(path):
         found |= {name: file[name].item() for name in ("count", "score") if name in file}
     for name, shape in [("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))]:
         if found[name].shape != shape or not np.isfinite(found[name]).all():
-            shared.fail(f"{path}: {name} must be finite numbers of shape {shape}; make it again")
+            fail(f"{path}: {name} must be finite numbers of shape {shape}; make it again")
     return found
 
 
@@ -228,7 +231,7 @@ def load_images(path):
         np.lib.format.read_magic(member)
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(member)
         if dtype != np.uint8 or len(shape) != 4 or shape[3] not in (1, 3):
-            shared.fail(f"{path}: arr_0 is {dtype} {shape}, but must be uint8 (N, H, W, 3)")
+            fail(f"{path}: arr_0 is {dtype} {shape}, but must be uint8 (N, H, W, 3)")
         entry = file.zip.getinfo("arr_0.npy")
         if entry.compress_type != zipfile.ZIP_STORED or fortran:
             return file["arr_0"]
@@ -241,7 +244,7 @@ def load_images(path):
 class Pictures:
     """The images of an .npz, of a pixel dataset, or of a folder and its sub-folders.
 
-    pictures[indices] is a batch (B, 1 or 3, H, W) uint8, or a str that says why there is none.
+    pictures[indices] is (a batch (B, 1 or 3, H, W) uint8, None), or (None, why there is none).
     """
 
     def __init__(self, path, crop=None):
@@ -250,38 +253,37 @@ class Pictures:
             self.images = load_images(path).transpose(0, 3, 1, 2)
             self.rows = range(len(self.images))
         elif (path / "meta.json").exists():
-            data = shared.Dataset(path)
+            data = Dataset(path)
             if data.meta["vae"]:
-                shared.fail(f"{path} holds latents; name the folder of images it was made from")
+                fail(f"{path} holds latents; name the folder of images it was made from")
             self.images, self.rows = data.images, data.rows
         else:
-            self.rows = self.files = shared.image_files(path)
+            self.rows = self.files = image_files(path)
         if len(self.rows) < 2:
-            shared.fail(f"{path} holds {len(self.rows)} images; statistics need at least 2")
+            fail(f"{path} holds {len(self.rows)} images; statistics need at least 2")
 
     def __getitem__(self, indices):
-        read, rows = shared.read_image, [self.rows[i] for i in indices]
+        rows = [self.rows[i] for i in indices]
         try:
-            batch = [read(row, self.crop) if self.files else self.images[row] for row in rows]
+            batch = [read_image(row, self.crop) if self.files else self.images[row] for row in rows]
             if len({image.shape for image in batch}) > 1:
                 raise ValueError("the images have several sizes; pass --crop SIZE")
         except ValueError as error:  # a worker cannot end the script
-            return str(error)
-        return torch.from_numpy(np.stack(batch))
+            return None, str(error)
+        return np.stack(batch), None
 
 
 def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=128):
     """Statistics.result() of pictures. Each rank processes its share of the batches."""
     count, workers = len(pictures.rows), workers if pictures.files else 0
-    mine, pin = shared.batches_of(count, batch_size)[rank::world], torch.cuda.is_available()
-    data = DataLoader(pictures, batch_size=None, sampler=mine, num_workers=workers, pin_memory=pin)
-    progress = shared.Progress(what, sum(map(len, mine)))
-    statistics = Statistics(net, count)
-    for indices, images in zip(mine, data, strict=True):
-        if isinstance(images, str):
-            shared.fail(f"{what}: {images}")
-        statistics.add(images, indices)
-        progress(len(indices))
+    mine = batches_of(count, batch_size)[rank::world]
+    progress, statistics = Progress(what, sum(map(len, mine))), Statistics(net, count)
+    with reading(pictures, mine, workers) as results:
+        for indices, (images, fault) in zip(mine, results, strict=True):
+            if fault:
+                fail(f"{what}: {fault}")
+            statistics.add(torch.from_numpy(images), indices)
+            progress(len(indices))
     return statistics.result()
 
 
@@ -293,7 +295,7 @@ def parse_args(argv=None):
         prog="fid.py", description=__doc__.splitlines()[0], allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
-    add, workers = parser.add_argument, shared.default_workers()
+    add, workers = parser.add_argument, default_workers()
     add("samples", type=Path, help=".npz of images or of statistics, dataset, folder of images")
     add("reference", type=Path, nargs="?", help="the same; may be left out with --save")
     add("--inception", help="weights pt_inception-2015-12-05; required if an input holds images")
@@ -320,25 +322,25 @@ def parse_args(argv=None):
 
 
 def main(args):
-    rank, world, device = shared.join_ranks()
+    rank, world, device = join_ranks()
     say = print if rank == 0 else lambda _: None
     sides = [load_statistics(path) or Pictures(path, args.crop) for path in args.paths]
     net = load_inception(args.inception).to(device) if args.inception else None
     for i, (path, side) in enumerate(zip(args.paths, sides, strict=True)):
         if isinstance(side, Pictures):
             if not net:
-                shared.fail(f"{path} holds images: name the weights of Inception by --inception")
+                fail(f"{path} holds images: name the weights of Inception by --inception")
             sides[i] = side = measure(net, side, path, args.workers, rank, world, args.batch_size)
         if {"count", "score"} <= side.keys():
             say(f"{path}: {side['count']:,} images, Inception score {side['score']:.4g}")
         if side.get("count", 10_000) < 10_000:
             say(f"warning: {path} has fewer than 10,000 images, which makes a FID too large")
     if rank == 0 and args.save:
-        shared.replace_file(args.save, lambda file: np.savez(file, **sides[0]))
+        replace_file(args.save, lambda file: np.savez(file, **sides[0]))
         say(f"{args.save}: statistics of {args.samples}")
     if rank == 0 and len(sides) == 2:
         say(f"FID {frechet_distance(*(side[k] for side in sides for k in ('mu', 'sigma'))):.4f}")
-    shared.leave_ranks()
+    leave_ranks()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,19 @@ data, and the order of arguments is the paper's: net(z, r, t, y).
     u = net(z, r, t, y)                    # average velocity between r and t, shaped like z
 """
 
+import argparse
+import hashlib
+import json
+import math
+import pickle
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import nn
 
 # name: depth, width, heads, patch. B to XL: arXiv 2505.13447v1, Tab. 4; S: arXiv 2212.09748.
@@ -350,3 +361,181 @@ def sincos_positions(grid, width):
     line = torch.cat([args.sin(), args.cos()], dim=-1)  # (grid, width / 2)
     column, row = line.repeat(grid, 1), line.repeat_interleave(grid, dim=0)
     return torch.cat([column, row], dim=-1).float()
+
+
+# ---------------------------------------------------------------------------- their weights
+# In a file of any kind, in the checkpoints of train.py, and in public files.
+
+CHECKPOINT_FORMAT = 2  # raised when a reader of the old one would misread the new
+LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
+SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
+SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
+# Names in public weights, which follow DiT's code, and ours.
+PUBLIC_NAMES = {
+    "noise_labels_next_embedder": "time_embed.1", "noise_labels_embedder": "time_embed.0",
+    "t_embedder": "time_embed.0", "h_embedder": "time_embed.1", "r_embedder": "time_embed.1",
+    "x_embedder.proj": "patch_embed", "y_embedder.embedding_table": "label_embed",
+    "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "adaLN_modulation": "adaln", "final_layer": "final",
+}  # fmt: skip
+
+
+def load(path):
+    """(EMA network on the CPU, the whole checkpoint)."""
+    checkpoint = read_network(path)
+    args = checkpoint["args"]
+    try:
+        net = build(args["model"], checkpoint["meta"], args["conditioning"])
+    except (KeyError, ValueError) as error:
+        fail(f"{path}: model.py has no such network ({error!r})")
+    load_strictly(net, checkpoint["ema"], path)
+    return net.eval(), checkpoint
+
+
+def read_checkpoint(path):
+    """What train.py or --export saved in a file, memory-mapped; nothing in it is executed."""
+    checkpoint = load_file(path)
+    if lacking := {"ema", "step", "args", "meta"} - checkpoint.keys():
+        fail(f"{path} is no checkpoint of train.py: it lacks {min(lacking)}")
+    if checkpoint.get("format") != CHECKPOINT_FORMAT:
+        fail(f"{path} was saved by another version of the code")
+    return checkpoint
+
+
+def read_network(path, conditioning="t,t-r"):
+    """The checkpoint of train.py or --export in a file, or a dict like it of public weights."""
+    found = load_file(path)
+    if "meta" in found:
+        return read_checkpoint(path)
+    return from_public(weights_in(found), path, conditioning)
+
+
+def load_file(path):
+    """The dict in a .safetensors file, or in one of torch.save; nothing in it is executed."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            return read_safetensors(path)
+        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not: FID's Inception
+        with torch.serialization.safe_globals([argparse.Namespace]):  # which is data only
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+        return {**found}
+    except OSError as error:
+        fail(f"{path}: {error.strerror or error}")
+    except pickle.UnpicklingError:
+        way = 'torch.save(torch.load(FILE, weights_only=False)["ema"], "ema.pt")'
+        fail(f"{path} is damaged, or more than tensors; if you trust it, read the ema.pt of {way}")
+    except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
+        fail(f"{path} is no whole file of weights ({error!r:.300})")
+
+
+def weights_in(found):
+    """{name: tensor} of a dict by `load_file`: in a training script's checkpoint, the EMA's."""
+    for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
+        found = found[name] if isinstance(found.get(name), dict) else found
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+def read_safetensors(path):
+    """8 bytes of length, a JSON header of that length, then the raw little-endian tensors."""
+    data = np.memmap(path, np.uint8, "r")
+    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
+    header, data = json.loads(data[8:start].tobytes()), data[start:]
+    header.pop("__metadata__", None)
+    state = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        if not 0 <= begin <= end <= len(data):
+            raise ValueError(f"{name} does not lie within the file")
+        # Copied, since nothing aligns a tensor to its element size.
+        tensor = torch.from_numpy(data[begin:end].copy()).view(SAFETENSORS[entry["dtype"]])
+        state[name] = tensor.reshape(entry["shape"])
+    return state
+
+
+def load_strictly(net, state, path):
+    """Every weight of `net` from `state` and nothing left over, else end the script."""
+    ours = net.state_dict()
+    lacking, unknown = ours.keys() - state.keys(), state.keys() - ours.keys()
+    other = {name for name in ours.keys() - lacking if ours[name].shape != state[name].shape}
+    for names, fault in [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]:
+        if names:
+            fail(f"{path} {fault} {len(names)} weights, {min(names)} among them")
+    fitting = {name: state[name].to(ours[name].dtype) for name in ours}
+    # A network on the meta device has no memory of its own: it takes the tensors themselves.
+    net.load_state_dict(fitting, assign=any(weight.is_meta for weight in ours.values()))
+
+
+def fingerprint(state):
+    """Short hash of the names and values of tensors."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        digest.update(name.encode())
+        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+@torch.no_grad()
+def from_public(state, path, conditioning):
+    """A dict with the keys of a checkpoint, from public weights under DiT's names.
+
+    Weights of MeanFlow have a second time embedder, whose name tells the conditioning. SiT's (flow
+    matching, arXiv 2401.08740) lack it and have twice the output channels. SiT's time is 1 - t and
+    its velocity x - e, so u(z, r, t) = -SiT(z, 1 - t), which is folded into the weights. Embedders
+    of other times than t, which `conditioning` asks for, start at 0. Ends the script where the
+    weights do not fit.
+    """
+    ours = {}
+    for name, value in state.items():
+        for theirs, our in PUBLIC_NAMES.items():
+            name = name.replace(theirs, our)
+        ours[name] = value
+    try:
+        width, channels, patch, _ = ours["patch_embed.weight"].shape
+        ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
+        ours["pos_embed"] = ours["pos_embed"].squeeze(0)
+        size = patch * math.isqrt(len(ours["pos_embed"]))
+        classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
+        outputs = len(ours["final.linear.bias"]) // patch**2
+    except (KeyError, ValueError) as error:
+        fail(f"{path} is neither train.py's nor has the names of DiT's weights ({error!r})")
+    depth = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
+    names = [name for name, (d, w, _, p) in CONFIGS.items() if (d, w, p) == (depth, width, patch)]
+    if not names:
+        fail(f"{path}: no --model has {depth} blocks of width {width} and patches of {patch}")
+    pixels = dict(vae=None, scale=1 / 127.5, shift=-1.0)
+    latents = dict(vae="unknown", scale=LATENT_SCALE, shift=0.0)
+    meta = dict(shape=[channels, size, size], classes=[str(k) for k in range(classes)], source="")
+    meta |= pixels if channels == 3 else latents
+
+    sit = "time_embed.1.mlp.0.weight" not in ours and outputs == 2 * channels
+    if not sit:
+        conditioning = "t,r" if any("labels_next" in name for name in state) else "t,t-r"
+    elif not conditioning.startswith("t,"):
+        fail(f"--conditioning {conditioning}: {path} is conditioned on t")
+    net = build(names[0], meta, conditioning)
+    for name in ("final.linear.weight", "final.linear.bias"):
+        rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
+        ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
+    if sit:
+        # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
+        of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
+        cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
+        rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
+        ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
+        for embed in net.time_embed[1:]:
+            torch.nn.init.zeros_(embed.mlp[2].weight)
+        ours = {k: v for k, v in net.state_dict().items() if k.startswith("time_embed")} | ours
+    load_strictly(net, ours, path)
+    if sit:  # DiT has the same names and shapes, but finds the noise of its steps up to 999
+        z = torch.randn(1, *meta["shape"], generator=torch.Generator().manual_seed(0))
+        step, null = torch.full((1,), 1.0 - 999), torch.tensor([classes])
+        if F.cosine_similarity(-net(z, step, step, null).flatten(), z.flatten(), dim=0) > 0.5:
+            fail(f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does")
+    kind = "SiT's velocity" if sit else "MeanFlow's"
+    note = f"note: {path} is taken for {kind}: {names[0]}, conditioned on {conditioning}"
+    args = dict(model=names[0], conditioning=conditioning)
+    return dict(ema=net.state_dict(), args=args, meta=meta, step=0, note=note)
+
+
+def fail(message):
+    """End the script with one line on standard error and exit code 1."""
+    sys.exit(f"{Path(sys.argv[0]).name}: {message}")

@@ -27,15 +27,15 @@ import hashlib
 import io
 import json
 import math
+import multiprocessing
 import os
-import pickle
 import sys
 import tarfile
 import time
-import zipfile
 import zlib
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -49,15 +49,15 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 
-from model import conv, norm
+from model import (
+    LATENT_SCALE, conv, fail, fingerprint, load_file, load_strictly, norm, weights_in,
+)  # fmt: skip
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
+HANGS_AFTER = 600  # seconds in which a process reads no batch
 DRAFT = "unfinished.json"  # becomes meta.json when every row is written
-LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
-SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
-SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
 CIFAR_CLASSES += ["dog", "frog", "horse", "ship", "truck"]
 # Of the layers of attention, in older files with diffusers' names.
@@ -77,12 +77,12 @@ def stored_shape(meta):
 class Dataset:
     """Reads a dataset directory; a list of indices gives one batch.
 
-    dataset.__getitems__(indices) -> images (B, ...) as stored, labels (B,) int64, both tensors.
+    dataset[indices] -> images (B, ...) as stored, labels (B,) int64, both tensors.
     Ends the script where there is no whole dataset.
     """
 
     def __init__(self, path):
-        self.path = path = Path(path)
+        path = Path(path)
         if (path / DRAFT).exists():
             fail(f"{path} is unfinished; run prepare_latents.py again, it resumes")
         try:
@@ -105,10 +105,7 @@ class Dataset:
         """Pictures in an epoch: a picture and its mirror image count as one."""
         return len(self) // 2 if self.meta.get("mirrored") else len(self)
 
-    def __reduce__(self):
-        return Dataset, (self.path,)  # a worker process maps the array anew and copies nothing
-
-    def __getitems__(self, indices):
+    def __getitem__(self, indices):
         rows = self.rows[indices]
         return torch.from_numpy(self.images[rows]), torch.from_numpy(self.labels[rows].astype(int))
 
@@ -303,7 +300,7 @@ class ImageFolder:
 @torch.no_grad()
 def posterior(vae, pixels, dtype):
     """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
-    pixels = pixels.to(vae.quant_conv.weight.device, non_blocking=True)
+    pixels = torch.from_numpy(pixels.copy()).to(vae.quant_conv.weight.device)
     mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
     rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
     if not np.isfinite(rows).all():
@@ -608,19 +605,18 @@ def main(args):
         print(f"{args.out}: {done:,} of {count:,} pictures are done already")
     wait_for_all()  # no rank writes before all have listed the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
-    options = dict(num_workers=args.workers, pin_memory=device.type == "cuda")
-    loader = DataLoader(folder, batch_size=None, sampler=todo, **options)
     progress, background = Progress(args.out, sum(map(len, todo))), Background()
-    for batch, (pixels, labels, faults) in zip(todo, loader, strict=True):
-        for fault in faults:
-            if not args.skip_unreadable:
-                fail(f"{fault}; replace it or pass --skip-unreadable")
-            print(f"skipped: {fault}", file=sys.stderr)
-        if args.flip:  # first: a label in the first half implies that both rows are written
-            background(writer.write, count + batch[0], stored(pixels.flip(-1)), labels)
-        background(writer.write, batch[0], stored(pixels), labels)
-        progress(len(batch))
-    background.wait()
+    with reading(folder, todo, args.workers) as results:
+        for batch, (pixels, labels, faults) in zip(todo, results, strict=True):
+            for fault in faults:
+                if not args.skip_unreadable:
+                    fail(f"{fault}; replace it or pass --skip-unreadable")
+                print(f"skipped: {fault}", file=sys.stderr)
+            if args.flip:  # first: a label in the first half implies that both rows are written
+                background(writer.write, count + batch[0], stored(pixels[..., ::-1]), labels)
+            background(writer.write, batch[0], stored(pixels), labels)
+            progress(len(batch))
+        background.wait()
     wait_for_all()
     if rank == 0:
         writer.finish(vae)
@@ -628,11 +624,6 @@ def main(args):
 
 
 # ---------------------------------------------------------------------------- shared by the scripts
-
-
-def fail(message):
-    """End the script with one line on standard error and exit code 1."""
-    sys.exit(f"{Path(sys.argv[0]).name}: {message}")
 
 
 def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the slowest
@@ -675,6 +666,24 @@ def batches_of(count, size):
 def default_workers():
     """Processes that decode images for a rank: its share of the cores, at most 8."""
     return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+@contextmanager
+def reading(pictures, batches, workers):
+    """pictures[batch] of each batch, a tuple, read ahead by processes; 0 workers: by this one.
+
+    Results come through pipes, not through /dev/shm, which is small on many machines. A process
+    that dies or hangs ends the script.
+    """
+    options = dict(num_workers=workers, timeout=HANGS_AFTER if workers else 0, collate_fn=tuple)
+    try:
+        yield DataLoader(pictures, batch_size=None, sampler=batches, **options)
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        fail(f"--workers {workers}: a process that reads pictures died or hung ({error})")
 
 
 class Progress:
@@ -730,69 +739,6 @@ def lock(folder, wait=False):
     except OSError:
         pass
     return descriptor
-
-
-def load_file(path):
-    """The dict in a .safetensors file, or in one of torch.save; nothing in it is executed."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            return read_safetensors(path)
-        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not: FID's Inception
-        with torch.serialization.safe_globals([argparse.Namespace]):  # which is data only
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return {**found}
-    except OSError as error:
-        fail(f"{path}: {error.strerror or error}")
-    except pickle.UnpicklingError:
-        way = 'torch.save(torch.load(FILE, weights_only=False)["ema"], "ema.pt")'
-        fail(f"{path} is damaged, or more than tensors; if you trust it, read the ema.pt of {way}")
-    except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
-        fail(f"{path} is no whole file of weights ({error!r:.300})")
-
-
-def weights_in(found):
-    """{name: tensor} of a dict by `load_file`: in a training script's checkpoint, the EMA's."""
-    for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
-        found = found[name] if isinstance(found.get(name), dict) else found
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
-
-
-def read_safetensors(path):
-    """8 bytes of length, a JSON header of that length, then the raw little-endian tensors."""
-    data = np.memmap(path, np.uint8, "r")
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header, data = json.loads(data[8:start].tobytes()), data[start:]
-    header.pop("__metadata__", None)
-    state = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        if not 0 <= begin <= end <= len(data):
-            raise ValueError(f"{name} does not lie within the file")
-        # Copied, since nothing aligns a tensor to its element size.
-        tensor = torch.from_numpy(data[begin:end].copy()).view(SAFETENSORS[entry["dtype"]])
-        state[name] = tensor.reshape(entry["shape"])
-    return state
-
-
-def load_strictly(net, state, path):
-    """Every weight of `net` from `state` and nothing left over, else end the script."""
-    ours = net.state_dict()
-    lacking, unknown = ours.keys() - state.keys(), state.keys() - ours.keys()
-    other = {name for name in ours.keys() - lacking if ours[name].shape != state[name].shape}
-    for names, fault in [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]:
-        if names:
-            fail(f"{path} {fault} {len(names)} weights, {min(names)} among them")
-    # The tensors themselves, since `net` may be on the meta device and have no memory of its own.
-    net.load_state_dict({name: state[name].to(ours[name].dtype) for name in ours}, assign=True)
-
-
-def fingerprint(state):
-    """Short hash of the names and values of tensors."""
-    digest = hashlib.sha256()
-    for name in sorted(state):
-        digest.update(name.encode())
-        digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@
 
 The last writes uint8 (N, H, W, C) as arr_0, the layout of ADM's evaluation. Picture i depends on
 the seed and on i alone, on any number of ranks. The same command again resumes. CKPT is a last.pt,
-an exported file, or public weights of MeanFlow or SiT (`from_public`).
+an exported file, or public weights of MeanFlow or SiT (`model.from_public`).
 """
 
 import argparse
@@ -20,118 +20,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from einops import rearrange
 
 import meanflow
-import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
-from model import CONFIGS, build, sinusoids
-
-CHECKPOINT_FORMAT = 2  # raised when a reader of the old one would misread the new
-# Names in public weights, which follow DiT's code, and ours.
-PUBLIC_NAMES = {
-    "noise_labels_next_embedder": "time_embed.1", "noise_labels_embedder": "time_embed.0",
-    "t_embedder": "time_embed.0", "h_embedder": "time_embed.1", "r_embedder": "time_embed.1",
-    "x_embedder.proj": "patch_embed", "y_embedder.embedding_table": "label_embed",
-    "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "adaLN_modulation": "adaln", "final_layer": "final",
-}  # fmt: skip
-
-
-def read_checkpoint(path):
-    """What train.py or --export saved in a file, memory-mapped; nothing in it is executed."""
-    checkpoint = shared.load_file(path)
-    if lacking := {"ema", "step", "args", "meta"} - checkpoint.keys():
-        shared.fail(f"{path} is no checkpoint of train.py: it lacks {min(lacking)}")
-    if checkpoint.get("format") != CHECKPOINT_FORMAT:
-        shared.fail(f"{path} was saved by another version of the code")
-    return checkpoint
-
-
-def read_network(path, conditioning="t,t-r"):
-    """The checkpoint of train.py or --export in a file, or a dict like it of public weights."""
-    found = shared.load_file(path)
-    if "meta" in found:
-        return read_checkpoint(path)
-    return from_public(shared.weights_in(found), path, conditioning)
-
-
-@torch.no_grad()
-def from_public(state, path, conditioning):
-    """A dict with the keys of a checkpoint, from public weights under DiT's names.
-
-    Weights of MeanFlow have a second time embedder, whose name tells the conditioning. SiT's (flow
-    matching, arXiv 2401.08740) lack it and have twice the output channels. SiT's time is 1 - t and
-    its velocity x - e, so u(z, r, t) = -SiT(z, 1 - t), which is folded into the weights. Embedders
-    of other times than t, which `conditioning` asks for, start at 0. Ends the script where the
-    weights do not fit.
-    """
-    ours = {}
-    for name, value in state.items():
-        for theirs, our in PUBLIC_NAMES.items():
-            name = name.replace(theirs, our)
-        ours[name] = value
-    try:
-        width, channels, patch, _ = ours["patch_embed.weight"].shape
-        ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
-        ours["pos_embed"] = ours["pos_embed"].squeeze(0)
-        size = patch * math.isqrt(len(ours["pos_embed"]))
-        classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
-        outputs = len(ours["final.linear.bias"]) // patch**2
-    except (KeyError, ValueError) as error:
-        shared.fail(f"{path} is neither train.py's nor has the names of DiT's weights ({error!r})")
-    depth = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
-    names = [name for name, (d, w, _, p) in CONFIGS.items() if (d, w, p) == (depth, width, patch)]
-    if not names:
-        shared.fail(
-            f"{path}: no --model has {depth} blocks of width {width} and patches of {patch}"
-        )
-    pixels = dict(vae=None, scale=1 / 127.5, shift=-1.0)
-    latents = dict(vae="unknown", scale=shared.LATENT_SCALE, shift=0.0)
-    meta = dict(shape=[channels, size, size], classes=[str(k) for k in range(classes)], source="")
-    meta |= pixels if channels == 3 else latents
-
-    sit = "time_embed.1.mlp.0.weight" not in ours and outputs == 2 * channels
-    if not sit:
-        conditioning = "t,r" if any("labels_next" in name for name in state) else "t,t-r"
-    elif not conditioning.startswith("t,"):
-        shared.fail(f"--conditioning {conditioning}: {path} is conditioned on t")
-    net = build(names[0], meta, conditioning)
-    for name in ("final.linear.weight", "final.linear.bias"):
-        rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
-        ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
-    if sit:
-        # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
-        of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
-        cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
-        rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
-        ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
-        for embed in net.time_embed[1:]:
-            torch.nn.init.zeros_(embed.mlp[2].weight)
-        ours = {k: v for k, v in net.state_dict().items() if k.startswith("time_embed")} | ours
-    shared.load_strictly(net, ours, path)
-    if sit:  # DiT has the same names and shapes, but finds the noise of its steps up to 999
-        z = noise([0], meta["shape"])
-        step, null = torch.full((1,), 1.0 - 999), torch.tensor([classes])
-        if F.cosine_similarity(-net(z, step, step, null).flatten(), z.flatten(), dim=0) > 0.5:
-            shared.fail(
-                f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does"
-            )
-    kind = "SiT's velocity" if sit else "MeanFlow's"
-    note = f"note: {path} is taken for {kind}: {names[0]}, conditioned on {conditioning}"
-    args = dict(model=names[0], conditioning=conditioning)
-    return dict(ema=net.state_dict(), args=args, meta=meta, step=0, note=note)
-
-
-def load_checkpoint(path):
-    """(EMA network on the CPU, the whole checkpoint)."""
-    checkpoint = read_network(path)
-    args = checkpoint["args"]
-    try:
-        net = build(args["model"], checkpoint["meta"], args["conditioning"])
-    except (KeyError, ValueError) as error:
-        shared.fail(f"{path}: model.py has no such network ({error!r})")
-    shared.load_strictly(net, checkpoint["ema"], path)
-    return net.eval(), checkpoint
+from model import CHECKPOINT_FORMAT, fail, fingerprint, load
+from prepare_latents import (
+    IMAGE_SUFFIXES, Background, Progress, batches_of, join_ranks, leave_ranks, load_vae, lock,
+    replace_file, save_grid, to_image, to_pixels, wait_for_all,
+)  # fmt: skip
 
 
 def keyed_generator(*key, device="cpu"):
@@ -164,10 +59,17 @@ def files_of(batch, folder, kind):
 def save_batch(paths, pixels):
     """Pixels (n, C, H, W) of a batch into its files, each written atomically."""
     if paths[0].suffix == ".npy":
-        shared.replace_file(paths[0], lambda file: np.save(file, pixels))
+        replace_file(paths[0], lambda file: np.save(file, pixels))
     else:
         for path, picture in zip(paths, pixels, strict=True):
-            shared.replace_file(path, partial(shared.to_image(picture).save, format="PNG"))
+            replace_file(path, partial(to_image(picture).save, format="PNG"))
+
+
+def export(checkpoint, path):
+    """The EMA network alone, without the paths of its run."""
+    args = {name: checkpoint["args"][name] for name in ("model", "conditioning")}
+    kept = {name: checkpoint[name] for name in ("ema", "meta", "step")}
+    replace_file(path, partial(torch.save, kept | dict(args=args, format=CHECKPOINT_FORMAT)))
 
 
 # ---------------------------------------------------------------------------- command line
@@ -201,7 +103,7 @@ def parse_args(argv=None):
             parser.error(f"--export {args.export}: {args.export.parent} is no directory")
         return args
     args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
-    if not args.kind and suffix in shared.IMAGE_SUFFIXES:
+    if not args.kind and suffix in IMAGE_SUFFIXES:
         parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
     fits = {".png": Path.is_file, ".npz": zipfile.is_zipfile}.get(args.kind, Path.is_dir)
     if args.out.exists() and not fits(args.out):
@@ -210,39 +112,36 @@ def parse_args(argv=None):
 
 
 def main(args):
-    rank, world, device = shared.join_ranks()
+    rank, world, device = join_ranks()
     say = print if rank == 0 else lambda _: None
 
     # The network, the decoder and the labels.
-    net, checkpoint = load_checkpoint(args.checkpoint)
+    net, checkpoint = load(args.checkpoint)
     say(checkpoint.get("note", f"{args.checkpoint}: step {checkpoint['step']:,}"))
     if args.export:
-        args_kept = {name: checkpoint["args"][name] for name in ("model", "conditioning")}
-        kept = {name: checkpoint[name] for name in ("ema", "meta", "step")}
-        kept |= dict(args=args_kept, format=CHECKPOINT_FORMAT)
         if rank == 0:
-            shared.replace_file(args.export, partial(torch.save, kept))
-        shared.leave_ranks()
+            export(checkpoint, args.export)
+        leave_ranks()
         return
     out, kind, num = args.out, args.kind, args.num
     net, meta = net.to(device), checkpoint["meta"]
-    vae = shared.load_vae(args.vae).to(device) if args.vae else None
+    vae = load_vae(args.vae).to(device) if args.vae else None
     if bool(vae) != bool(meta["vae"]):
         draws = "pixels: leave out" if vae else "latents: name the weights of their"
-        shared.fail(f"{args.checkpoint} draws {draws} --vae")
+        fail(f"{args.checkpoint} draws {draws} --vae")
     if vae and vae.fingerprint() != meta["vae"] != "unknown":
         say(f"note: {args.vae} is not the VAE that made the latents")
     every = range(max(net.num_classes, 1))
     classes = args.classes or every
     if not set(classes) <= set(every):
-        shared.fail(f"--classes: {args.checkpoint} has the labels 0 to {every[-1]}")
+        fail(f"--classes: {args.checkpoint} has the labels 0 to {every[-1]}")
     labels = np.resize(classes, num)  # in turn. differs: the authors' code draws them at random
     if args.random_classes:
         labels = np.random.default_rng(args.seed).choice(classes, num)
 
     # The settings are stored with the pictures, so that two different runs are never mixed.
     names = ["num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype"]
-    weights = [part and shared.fingerprint(part.state_dict()) for part in (net, vae)]
+    weights = [part and fingerprint(part.state_dict()) for part in (net, vae)]
     settings = json.dumps({name: vars(args)[name] for name in names} | {"weights": weights})
     folder = out.with_name(out.name + ".parts") if kind else out
     record = folder / "settings.json"
@@ -251,33 +150,33 @@ def main(args):
         with np.load(out) as file:
             ours = file.get("settings") == settings
     elif rank == 0:
-        shared.lock(folder)
+        lock(folder)
         if any(path.suffix in (".png", ".npy") for path in folder.iterdir()):
             ours = record.exists() and record.read_text() == settings
     if not ours:
         where = out if complete else folder
-        shared.fail(f"--out {where} holds other pictures; remove it or name another")
+        fail(f"--out {where} holds other pictures; remove it or name another")
     if rank == 0 and not complete:
-        shared.replace_file(record, lambda file: file.write(settings.encode()))
-    shared.wait_for_all()
+        replace_file(record, lambda file: file.write(settings.encode()))
+    wait_for_all()
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.
-    batches = [] if complete else shared.batches_of(num, args.batch_size)
+    batches = [] if complete else batches_of(num, args.batch_size)
     mine = [(batch, files_of(batch, folder, kind)) for batch in batches[rank::world]]
     todo = [(batch, files) for batch, files in mine if not all(map(Path.exists, files))]
     if args.compile:
         for part in [net, vae.decoder] if vae else [net]:
             part.compile(dynamic=False)
-    progress, background = shared.Progress(out, len(todo)), shared.Background()
+    progress, background = Progress(out, len(todo)), Background()
     for batch, files in todo:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             x = draw(net, labels[batch], batch, args.seed, args.nfe, args.velocity)
-            pixels = shared.to_pixels(x, vae, meta["scale"])
+            pixels = to_pixels(x, vae, meta["scale"])
         background(save_batch, files, pixels)
         progress(1)
     background.wait()
-    shared.wait_for_all()
+    wait_for_all()
 
     if kind and rank == 0 and not complete:
         c, h, w = np.load(*files_of(batches[0], folder, kind)).shape[1:]
@@ -287,13 +186,13 @@ def main(args):
             part = np.load(*files_of(batch, folder, kind))
             whole[batch.start : batch.stop] = part.transpose(0, 2, 3, 1)
         if kind == ".npz":
-            shared.replace_file(out, partial(np.savez, arr_0=whole, settings=settings))
+            replace_file(out, partial(np.savez, arr_0=whole, settings=settings))
         else:
             columns = count if 1 < (count := len(set(labels))) <= 16 else math.isqrt(num)
-            shared.save_grid(whole.transpose(0, 3, 1, 2), out, columns)
+            save_grid(whole.transpose(0, 3, 1, 2), out, columns)
         shutil.rmtree(folder)
     say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")
-    shared.leave_ranks()
+    leave_ranks()
 
 
 if __name__ == "__main__":

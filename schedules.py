@@ -1,13 +1,19 @@
-"""The distribution of (t, r), and the weights of the losses.
+"""The distribution of (t, r) and the weights of the losses, in training of a given length.
 
 The base distribution of times is MeanFlow's (arXiv 2505.13447v1, Sec. 4.3). Around it stand the
 three parts of the improved training (arXiv 2511.19065v2, Sec. 5 and App. B): the progressive weight
 beta on samples with r < t, and two ways to form the instantaneous velocity early, a weight alpha on
-samples with r = t (MinSNR's) or DTD's curriculum over times.
+samples with r = t (MinSNR's) or DTD's curriculum over times. `Schedule` joins them for a run:
+
+    schedule = Schedule(steps, lognorm_quantile, accel="dtd", progressive=True)
+    t, r, weight = schedule.sample(num_eq, num_neq, step)      # the inputs of meanflow.loss
+    schedule.update(v_error, step)                             # after each step
 
 A base distribution is given by its quantile function q -> t. Uniform q samples from it, uniform q
 near 1 samples only its largest times, and a midpoint rule in q integrates over it.
 """
+
+from functools import partial
 
 import torch
 from torch import nn
@@ -98,7 +104,7 @@ def minsnr(t, gamma=5.0):
 
 
 # Weights alpha(t) of samples with r = t, by the name of their --accel; each takes (t, gamma).
-# differs: the papers do not say how alpha is scaled. train.py divides it by `mean_over_v_samples`,
+# differs: the papers do not say how alpha is scaled. Schedule divides it by `mean_over_v_samples`,
 # so alpha re-weights the samples with r = t among themselves and keeps their total weight.
 ALPHAS = {"minsnr": minsnr}
 
@@ -145,3 +151,59 @@ class DTD(nn.Module):
         self.best.copy_(torch.where(moved, torch.inf, torch.minimum(self.best, smoothed)))
         self.waited.copy_(torch.where(moved, 0.0, waited))
         self.stage.copy_(stage)
+
+
+class Schedule(nn.Module):
+    """Which times and weights a run of `steps` steps trains with: arXiv 2511.19065v2, Sec. 5.
+
+    A batch has samples with r = t, which learn the instantaneous velocity v, and samples with
+    r < t, which learn the average velocity u. To learn v early, accel is the name of a weight in
+    ALPHAS for the former, or "dtd" for a curriculum over the times of both; "none" is MeanFlow.
+    progressive: whether beta weighs the latter, short gaps t - r first.
+
+    quantile: of the base distribution of times. gap: (lo, hi) restricts t - r where r < t (Sec.
+    4.2); ValueError where the distribution gives no such gaps. beta_k: k of beta's s; snr_gamma:
+    MinSNR's clip; dtd_...: see `DTD`. A module, for the state of DTD and for its device.
+    """
+
+    def __init__(
+        self, steps, quantile, accel="none", progressive=False, gap=None, beta_k=1.0,
+        snr_gamma=5.0, dtd_clusters=20, dtd_patience=200, dtd_cap=0.2,
+    ):  # fmt: skip
+        super().__init__()
+        self.steps, self.quantile, self.accel = steps, quantile, accel
+        self.progressive, self.beta_k = progressive, beta_k
+        pairs = time_pairs(quantile, gap) if gap else None
+        if gap and not pairs.numel():
+            raise ValueError(f"this distribution of times gives no gaps of {gap}")
+        self.lam = beta_lambda(quantile, pairs)
+        self.register_buffer("pairs", pairs.float() if gap else None, persistent=False)
+        if accel in ALPHAS:
+            self.alpha = partial(ALPHAS[accel], gamma=snr_gamma)
+            self.alpha_mean = mean_over_v_samples(self.alpha, quantile)
+        self.dtd = DTD(steps, dtd_clusters, dtd_patience, dtd_cap)
+
+    def s(self, step):
+        """s of beta: from 1 at the first step to 0 at the end."""
+        return 1 - (step / self.steps) ** self.beta_k
+
+    def sample(self, num_eq, num_neq, step, generator=None):
+        """t, r and weight, (num_eq + num_neq,) each, of a batch whose first num_eq have r = t."""
+        mass = self.dtd.mass if self.accel == "dtd" else 1.0
+        t, r = sample_t_r(num_eq, num_neq, self.quantile, mass, self.pairs, generator)
+        weight = torch.ones_like(t)
+        if self.accel in ALPHAS:
+            weight[:num_eq] = self.alpha(t[:num_eq]) / self.alpha_mean
+        if self.progressive:
+            weight[num_eq:] = beta((t - r)[num_eq:], self.s(step), self.lam)
+        return t, r, weight
+
+    def update(self, v_error, step):
+        """After `step`, with the mean error where r = t (0-d, the same on all ranks)."""
+        if self.accel == "dtd":
+            self.dtd.update(v_error, step)
+
+    def state(self, step):
+        """For a row of metrics: {"s": s, "stage": n}, of those that are in use."""
+        of_beta = {"s": self.s(step)} if self.progressive else {}
+        return of_beta | ({"stage": int(self.dtd.stage)} if self.accel == "dtd" else {})

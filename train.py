@@ -11,23 +11,21 @@ SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and exits with 128 + 
 """
 
 import argparse
-import atexit
 import copy
 import json
 import math
-import multiprocessing
-import os
-import shutil
 import signal
 import sys
 import time
 import timeit
+from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -44,10 +42,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fid
 import meanflow
-import prepare_latents as shared  # the dataset, the VAE, and what the scripts share
 import schedules
-from model import CONDITIONINGS, CONFIGS, UNETS, build
-from sample import CHECKPOINT_FORMAT, draw, keyed_generator, read_checkpoint, read_network
+from model import (
+    CHECKPOINT_FORMAT, CONDITIONINGS, CONFIGS, UNETS, build, fail, load_strictly, read_checkpoint,
+    read_network,
+)  # fmt: skip
+from prepare_latents import (
+    Dataset, Progress, augment, join_ranks, leave_ranks, load_vae, lock, network_input,
+    replace_file, save_grid, to_pixels, wait_for_all, write_glyphs,
+)  # fmt: skip
+from sample import draw, keyed_generator
 
 # ---------------------------------------------------------------------------- recipes
 
@@ -79,10 +83,10 @@ RECIPES = {name: {} for name in CONFIGS} | {
                   kappa=0.0, augment=True, dtype="float32", data=CIFAR),
     # differs: ours, for the built-in digits; short, so with a fast learning rate and a short EMA.
     "tiny":  dict(epochs=5, batch_size=64, lr=4e-3, warmup=100, ema_decay=0.996, data=GLYPHS,
-                  workers=0, log_every=100, sample_every=200, save_every=500),
+                  workers=1, log_every=100, sample_every=200, save_every=500),
 }  # fmt: skip
 
-# Ranges of the gap t - r in which errors and affinities are given: arXiv 2511.19065v2, Sec. 4.2.
+# Ranges of the gap t - r in which u's errors are given: arXiv 2511.19065v2, Sec. 4.2.
 EDGES = (0.1, 0.3, 0.5, 0.7, 0.9)
 GAPS = [f"{lo}-{hi}" for lo, hi in pairwise(EDGES)]
 
@@ -90,7 +94,7 @@ GAPS = [f"{lo}-{hi}" for lo, hi in pairwise(EDGES)]
 # by the share of the run. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 MAY_CHANGE |= {"data", "out", "dry_run", "bench", "init_from", "vae", "tensorboard", "inception"}
-MAY_CHANGE |= {"fid_ref", "fid_every", "fid_num", "affinity_every", "activation_checkpointing"}
+MAY_CHANGE |= {"fid_ref", "fid_every", "fid_num", "activation_checkpointing"}
 MAY_CHANGE |= {"micro_batch_size"}
 
 GRID_ROWS = 10  # of the pictures in samples/
@@ -132,11 +136,10 @@ def parse_args(argv=None):
     add("--out", help="directory of the run, else runs/MODEL-ACCEL")
     add("--init-from", help="checkpoint of another run, whose EMA weights to start from")
     add("--seed", type=natural, default=0, help="of the weights, data order, times and noise")
-    add("--workers", type=natural, help="processes per rank that read the data")
+    add("--workers", type=count, help="threads per rank that read the data")
     add("--log-every", type=count, help="steps between two lines of metrics")
     add("--sample-every", type=count, help="steps between two grids of one-step samples")
     add("--save-every", type=count, help="steps between two checkpoints")
-    add("--affinity-every", type=count, help="steps between two measurements of task affinity")
     add("--dry-run", action="store_true", help="print the resolved run and exit")
     add("--bench", action="store_true", help="measure what a step costs, on noise, and exit")
     add("--vae", help="weights of the VAE, to show and measure pictures instead of latents")
@@ -244,136 +247,52 @@ def parse_args(argv=None):
 def main(args):
     # One process, or one per GPU under torchrun; gloo carries what lies in a CPU's memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    rank, world, device = shared.join_ranks(backend, TIMEOUT)
+    rank, world, device = join_ranks(backend, TIMEOUT)
     say = partial(print, flush=True) if rank == 0 else lambda _: None
     trains = not (args.dry_run or args.bench)
 
-    # Data, and how a global batch divides into micro-batches.
-    missing = args.data in ASSUMED and not Path(args.data, "meta.json").exists()
-    if trains and args.data == GLYPHS:
-        if missing and rank == 0:
-            shared.write_glyphs(GLYPHS)
-        shared.wait_for_all()
-    data = None if missing and not trains else shared.Dataset(args.data)
-    meta = data.meta if data else ASSUMED[args.data]
-    count, epoch = (len(data), data.epoch_length) if data else [meta["count"]] * 2
-    if args.augment and meta["vae"]:
-        shared.fail(f"--augment is for pixels, and {args.data} holds latents: --no-augment")
-    micro = args.micro_batch_size or args.batch_size // world
-    if not micro or args.batch_size % (micro * world):
-        shared.fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x {micro}")
-    chunks = range(rank, args.batch_size // micro, world)  # this rank's micro-batches of a step
-    num_neq = round(micro * args.r_neq_t)  # samples with r < t in a micro-batch, its last
-    num_eq = micro - num_neq
-    if (num_neq == 0) != (args.r_neq_t == 0) or (num_eq == 0) != (args.r_neq_t == 1):
-        shared.fail(f"--r-neq-t {args.r_neq_t} of {micro} is none or all: raise --batch-size")
+    # The data, how a batch divides, and where the run stands.
+    data, meta, count, epoch = open_data(args, rank, trains)
+    split = Split(args, rank, world)
     steps = args.steps or math.ceil(args.epochs * epoch / args.batch_size)
-
-    # The run's last checkpoint, which must be of this very command.
-    out, last, start, saved = Path(args.out), Path(args.out, "last.pt"), 0, None
+    out, last = Path(args.out), Path(args.out, "last.pt")
     if rank == 0 and trains:
         (out / "samples").mkdir(parents=True, exist_ok=True)
-        shared.lock(out)
+        lock(out)
+    saved = None
     if last.exists() and not args.bench:
-        saved = read_checkpoint(last)
-        refuse_another_run(saved, args, data and meta, steps)
-        start = saved["step"]
+        saved = read_last(last, args, data and meta, steps)
+    start = saved["step"] if saved else 0
 
-    # Schedules: the times, the constants of beta and alpha, and the curriculum.
-    sampler = schedules.TIME_SAMPLERS[args.time_sampler]
-    quantile = partial(sampler, mu=args.time_mu, sigma=args.time_sigma)
-    pairs = schedules.time_pairs(quantile, args.gap) if args.gap else None
-    if args.gap and not pairs.numel():
-        shared.fail(f"--gap {args.gap}: the time sampler gives no such gaps; widen it")
-    lam = schedules.beta_lambda(quantile, pairs)
-    pairs = pairs.float().to(device) if args.gap else None
-    if args.affinity_every:
-        lattices = [
-            schedules.time_pairs(quantile, gap).float().to(device) for gap in pairwise(EDGES)
-        ]
-        if empty := [gap for gap, some in zip(GAPS, lattices, strict=True) if not some.numel()]:
-            shared.fail(f"--affinity-every: --time-sampler and its flags give no gaps in {empty}")
-    if args.accel in schedules.ALPHAS:
-        alpha = partial(schedules.ALPHAS[args.accel], gamma=args.snr_gamma)
-        alpha_mean = schedules.mean_over_v_samples(alpha, quantile)
-    dtd = schedules.DTD(steps, args.dtd_clusters, args.dtd_patience, args.dtd_cap).to(device)
-
-    # The network, its running average and the optimiser.
+    # What is trained: the network, its running average, the optimiser; and the schedule.
     torch.manual_seed(args.seed)
-    try:
-        with torch.device("meta") if args.dry_run else nullcontext():
-            net = build(args.model, meta, args.conditioning)
-    except ValueError as error:
-        shared.fail(f"--model {args.model}: {error}")
-    if args.init_from and not saved:
-        given = read_network(args.init_from, args.conditioning)
-        theirs, sizes = given["args"], CONFIGS | UNETS
-        their_size, our_size = (sizes.get(m, m) for m in (theirs["model"], args.model))
-        for name, same in [
-            ("model", their_size == our_size),
-            ("conditioning", theirs["conditioning"] == args.conditioning),
-        ]:
-            if not same:
-                shared.fail(f"--init-from {args.init_from} has --{name} {theirs[name]}")
-        shared.load_strictly(net, given["ema"], args.init_from)
-        say(given.get("note", f"from the EMA of {args.init_from} at step {given['step']:,}"))
+    schedule = build_schedule(args, steps)
+    net = build_network(args, meta, saved, say)
     trained = [p for p in net.parameters() if p.requires_grad]
     say(
         f"{args.model}: {sum(p.numel() for p in trained) / 1e6:.1f} M parameters, {count:,} "
         f"pictures {tuple(meta['shape'])} of {len(meta['classes'])} classes"
         f"{'' if data else f', assumed as there is no {args.data} yet'}\n"
         f"{out}: {steps:,} steps of {args.batch_size} = {steps * args.batch_size / epoch:.1f} "
-        f"epochs from step {start:,}; {world} x {device.type}, {args.dtype}; on each "
-        f"{len(chunks)} x {micro} samples a step, {num_neq} of {micro} with r < t"
+        f"epochs from step {start:,}; {world} x {device.type}, {args.dtype}; on each {split}"
     )
     if (kept := args.ema_decay**steps) > 0.05:
         say(f"note: {kept:.0%} of the EMA will still be the initial weights; lower --ema-decay")
     if args.dry_run:
         say(json.dumps(vars(args), indent=1))
         return
-    net.to(device)
+    net.to(device), schedule.to(device)
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
-    stateful = {"net": net, "ema": ema, "optimizer": optimizer, "dtd": dtd}
+    stateful = {"net": net, "ema": ema, "optimizer": optimizer, "dtd": schedule.dtd}
     if saved:
         for name, part in stateful.items():
             part.load_state_dict(saved[name])
-        if saved["micro"] != micro:
-            say(f"note: micro-batches of {micro}, not {saved['micro']}: other noise from here on")
+        if saved["micro"] != split.micro:
+            say(f"note: micro-batches of {split.micro}, not {saved['micro']}: other noise from now")
         del saved
 
-    # What shows and measures pictures.
-    vae = shared.load_vae(args.vae).to(device) if args.vae else None
-    if bool(vae) != bool(meta["vae"]) and (vae or args.fid_every):
-        holds = "latents: name" if meta["vae"] else "pixels: leave out"
-        shared.fail(f"--data {args.data} holds {holds} --vae")
-    if data and vae and vae.fingerprint() != meta["vae"]:
-        say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
-    if args.fid_every:
-        inception = fid.load_inception(args.inception).to(device)
-        if not (reference := fid.load_statistics(Path(args.fid_ref))):
-            shared.fail(f"--fid-ref {args.fid_ref} holds no mu and sigma")
-
-    # The loader's workers are forked before DDP starts threads. They ignore signals, since the step
-    # in progress needs them; so at exit they are killed, or Python would wait for them.
-    batches = None
-    if data:
-        atexit.register(lambda: [worker.kill() for worker in multiprocessing.active_children()])
-        keys = ((step, chunk) for step in range(start, steps) for chunk in chunks)
-        order = (chunk_indices(*key, micro, args.batch_size, count, args.seed) for key in keys)
-        batches = iter(
-            torch.utils.data.DataLoader(
-                data,
-                batch_sampler=order,
-                num_workers=min(args.workers, os.cpu_count() or 1),
-                worker_init_fn=partial(on_signals, signal.SIG_IGN),
-                collate_fn=tuple,  # the dataset gives whole batches
-                pin_memory=device.type == "cuda",
-            )
-        )
-
-    # The objective, and the network as it is trained: checkpointed, compiled, inside DDP.
     guidance = dict(omega=args.omega, kappa=args.kappa) if net.num_classes else {}
     objective = meanflow.Objective(
         null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
@@ -385,6 +304,23 @@ def main(args):
         torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
         model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
+    batches = load_batches(args, data, split, start, steps, device)
+
+    def micro_batch(step, chunk, stored, y):
+        """What meanflow.loss takes after the network; all random numbers are of (step, chunk)."""
+        generator = keyed_generator(args.seed, step, chunk, device=device)
+        torch.manual_seed(keyed_generator(args.seed, step, chunk, 1).initial_seed())  # dropout
+        stored, y = (tensor.to(device, non_blocking=True) for tensor in (stored, y))
+        x = network_input(stored, meta, generator)  # (B, C, H, W)
+        if args.augment:
+            x, labels = augment(x, generator)  # (B, C, H, W), (B, 6)
+        e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
+        y = meanflow.drop_labels(y, net.null_label, args.label_drop, generator)  # (B,)
+        if args.augment:
+            y = torch.cat([y[:, None].float(), labels], dim=1)  # (B, 7)
+        t, r, weight = schedule.sample(split.num_eq, split.num_neq, step, generator)  # (B,) each
+        v_noise = meanflow.corruption(e - x, args.v_noise, generator) if args.v_noise else None
+        return x, e, r, t, y, split.num_neq, weight, objective, v_noise
 
     def learning_rate(step):
         return args.lr * min(1, (step + 1) / max(args.warmup, 1))
@@ -399,151 +335,182 @@ def main(args):
         return grad_norm
 
     if args.bench:
-        times = schedules.sample_t_r(num_eq, num_neq, quantile)
-        bench(args, net, objective, update, autocast, times, num_neq, meta, vae, batches, say)
+        bench(args, net, objective, schedule, split, update, autocast, meta, batches, say)
         return
-
-    if rank == 0:
-        forget_after(out, start)
-    board = open_board(out) if rank == 0 and args.tensorboard else None
-    # The pictures of samples/: rows of up to ten classes, always from the same noise.
-    classes = [0] * 10
-    if net.num_classes:
-        classes = np.unique(np.linspace(0, net.num_classes - 1, 10).astype(int)).tolist()
-    edges = torch.tensor(EDGES, device=device)
-    caught, history, affinities, saved_at, clock = [], [], [], start, time.time()
+    report = Report(args, meta, ema, split, start, steps, say)
+    caught = []
     on_signals(lambda signum, _: caught.append(signum))
 
     for step in range(start, steps + 1):
+        reading = next(batches, None)
+        while reading and not (reading.ready() or caught):
+            reading.wait(1)
         notice = largest_of_ranks(max(caught, default=0))  # all ranks stop after the same step
         ended = notice > 0 or step == steps
-        s = 1 - (step / steps) ** args.beta_k
-        measures = args.fid_every and step > start and (ended or step % args.fid_every == 0)
         saves = step > start and (ended or step % args.save_every == 0)
-        draws = ended or step % args.sample_every == 0
-        logs = step == start + 1 or step % args.log_every == 0  # early, to show the speed
-
-        if history and (logs or saves or draws or measures):  # nothing bad is written
-            rows = torch.stack(history).cpu()  # a GPU is waited for here, not in every step
-            if len(bad := (~rows.isfinite().all(1)).nonzero()):
-                at = step - len(rows) + int(bad[0])
-                shared.fail(
-                    f"loss or gradient not finite at step {at:,}, learning rate "
-                    f"{learning_rate(at):g}; the last checkpoint is of step {saved_at:,}; try a "
-                    "lower --lr in another --out"
-                )
-            row = {"step": step} | averages(rows, num_eq, num_neq)
-            row["lr"] = learning_rate(step - 1)
-            if args.progressive:
-                row["s"] = s
-            if args.accel == "dtd":
-                row["stage"] = int(dtd.stage)
-            rate = row["images_per_second"] = len(rows) * args.batch_size / (time.time() - clock)
-            left = timedelta(seconds=int((steps - step) * args.batch_size / rate))
-            shown = [f"{k} {v:.4g}" for k, v in row.items() if k != "step" and "-" not in k]
-            say(f"step {step:,}/{steps:,}  {'  '.join(shown)}  {left} left")
-            if affinities:
-                row |= by_gap("affinity", torch.stack(affinities).mean(0))
-            if rank == 0:
-                append_row(out, row, board)
-            history.clear()
-            affinities.clear()
+        report.metrics(step, saves, learning_rate, schedule)  # or ends a run that diverges
         if saves:
             state = {name: part.state_dict() for name, part in stateful.items()}
-            state |= {"step": step, "args": vars(args), "meta": meta, "micro": micro}
+            state |= {"step": step, "args": vars(args), "meta": meta, "micro": split.micro}
             state |= {"format": CHECKPOINT_FORMAT, "torch": str(torch.__version__)}
             if rank == 0:
-                shared.replace_file(last, partial(torch.save, state))
-            saved_at = step
+                replace_file(last, partial(torch.save, state))
             say(f"step {step:,}/{steps:,}  saved {last}")
         if notice:
             break
-        picture = out / "samples" / f"{step:08d}.png"
-        if rank == 0 and draws and not picture.exists():
-            pixels = shared.to_pixels(draw(ema, classes * GRID_ROWS), vae, meta["scale"])
-            shared.save_grid(pixels, picture, len(classes))
-            if board:
-                show_picture(board, picture)
-        if measures:
-            samples = OneStepSamples(ema, vae, meta["scale"], args.fid_num)
-            ours = fid.measure(inception, samples, "FID", rank=rank, world=world)
-            if rank == 0:
-                moments = [side[name] for side in (ours, reference) for name in ("mu", "sigma")]
-                distance = fid.frechet_distance(*moments)
-                say(f"step {step:,}/{steps:,}  FID {distance:.5g} of {args.fid_num:,} samples")
-                score = dict(inception_score=ours["score"], fid_samples=args.fid_num)
-                append_row(out, {"step": step, "fid": distance} | score, board)
+        report.pictures(step, ended)
         if ended:
             break
-        if not history:
-            clock = time.time()
 
-        # loss, v_error, u_error, norm of the gradient; by range of gaps, u's errors and counts
-        stats = torch.zeros(4 + 2 * len(GAPS), device=device)
-        for chunk in chunks:
-            generator = keyed_generator(args.seed, step, chunk, device=device)
-            torch.manual_seed(keyed_generator(args.seed, step, chunk, 1).initial_seed())  # dropout
-            images, y = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            x = shared.network_input(images, meta, generator)  # (B, C, H, W)
-            if args.augment:
-                x, labels = shared.augment(x, generator)  # (B, C, H, W), (B, 6)
-            e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
-            y = meanflow.drop_labels(y, net.null_label, args.label_drop, generator)  # (B,)
-            if args.augment:
-                y = torch.cat([y[:, None].float(), labels], dim=1)  # (B, 7)
-            mass = dtd.mass if args.accel == "dtd" else 1.0
-            t, r = schedules.sample_t_r(num_eq, num_neq, quantile, mass, pairs, generator)  # (B,)
-            weight = torch.ones_like(t)  # (B,)
-            if args.accel in schedules.ALPHAS:
-                weight[:num_eq] = alpha(t[:num_eq]) / alpha_mean
-            if args.progressive:
-                weight[num_eq:] = schedules.beta((t - r)[num_eq:], s, lam)
-            v_noise = meanflow.corruption(e - x, args.v_noise, generator) if args.v_noise else None
-
+        for chunk, rows in zip(split.chunks, reading.get(), strict=True):
+            batch = micro_batch(step, chunk, *rows)
             # DDP averages gradients over the ranks only in the last backward of a step.
-            waiting = world > 1 and chunk != chunks[-1]
+            waiting = world > 1 and chunk != split.chunks[-1]
             with model.no_sync() if waiting else nullcontext():
                 with autocast:
-                    loss, errors = meanflow.loss(
-                        model, x, e, r, t, y, num_neq, weight, objective, v_noise
-                    )
-                (loss / len(chunks)).backward()
+                    loss, errors = meanflow.loss(model, *batch)
+                (loss / len(split.chunks)).backward()
+            report.add(loss.detach(), errors, gaps=batch[3] - batch[2])
+        schedule.update(report.step(update(step)), step)
 
-            v_error = errors[:num_eq].sum() / max(num_eq, 1)
-            u_error = errors[num_eq:].sum() / max(num_neq, 1)
-            stats[:3] += torch.stack([loss.detach(), v_error, u_error]) / len(chunks)
-            gaps = (t - r)[num_eq:]
-            inside = ((edges[:-1, None] <= gaps) & (gaps < edges[1:, None])).float()  # (4, num_neq)
-            stats[4:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
-            if args.affinity_every and step % args.affinity_every == 0 and chunk == chunks[0]:
-                times = partial(schedules.sample_t_r, quantile=quantile, generator=generator)
-                with autocast:  # after the chunk's own noise, so that training is unchanged
-                    found = meanflow.affinity(net, x, e, y, times, lattices, objective)
-                if world > 1:
-                    dist.all_reduce(found)
-                affinities.append(found / world)
-
-        if world > 1:
-            dist.all_reduce(stats)
-            stats /= world
-        stats[3] = update(step)
-        if args.accel == "dtd":
-            dtd.update(stats[1], step)
-        history.append(stats)
-
-    del batches  # and with it the workers
-    shared.leave_ranks()
+    leave_ranks()
     if notice:
         say(f"{signal.Signals(notice).name}: stopped after step {step:,}; the same command resumes")
         sys.exit(128 + notice)
-    if board:
-        board.close()
-    if rank == 0:
-        save_progress(out / "samples", out / "progress.png")
-        say(f"done: {last}, {out / 'progress.png'}; draw more with sample.py")
+    report.close()
 
 
-# ---------------------------------------------------------------------------- what main uses
+# ---------------------------------------------------------------------------- what main sets up
+
+
+def open_data(args, rank, trains):
+    """(dataset or None, its meta.json, pictures, pictures in an epoch). Draws missing digits.
+
+    --dry-run and --bench need no dataset: ASSUMED says what the default ones hold.
+    """
+    missing = args.data in ASSUMED and not Path(args.data, "meta.json").exists()
+    if trains and args.data == GLYPHS:
+        if missing and rank == 0:
+            write_glyphs(GLYPHS)
+        wait_for_all()
+    if missing and not trains:
+        meta = ASSUMED[args.data]
+        return None, meta, meta["count"], meta["count"]
+    data = Dataset(args.data)
+    if args.augment and data.meta["vae"]:
+        fail(f"--augment is for pixels, and {args.data} holds latents: --no-augment")
+    return data, data.meta, len(data), data.epoch_length
+
+
+class Split:
+    """How a batch divides over ranks into micro-batches, and those into r = t and r < t.
+
+    chunks: this rank's micro-batches of a step. The last num_neq of `micro` samples have r < t.
+    """
+
+    def __init__(self, args, rank, world):
+        micro = self.micro = args.micro_batch_size or args.batch_size // world
+        if not micro or args.batch_size % (micro * world):
+            fail(f"--batch-size {args.batch_size} is no multiple of {world} ranks x {micro}")
+        self.rank, self.world = rank, world
+        self.chunks = range(rank, args.batch_size // micro, world)
+        self.num_neq = round(micro * args.r_neq_t)
+        self.num_eq = micro - self.num_neq
+        for some, share in [(self.num_neq, args.r_neq_t), (self.num_eq, 1 - args.r_neq_t)]:
+            if (some == 0) != (share == 0):
+                fail(f"--r-neq-t {args.r_neq_t} of {micro} is none or all: raise --batch-size")
+
+    def __str__(self):
+        of_micro = f"{self.num_neq} of {self.micro} with r < t"
+        return f"{len(self.chunks)} x {self.micro} samples a step, {of_micro}"
+
+
+def read_last(path, args, meta, steps):
+    """The run's last checkpoint; ends the script where another command made it."""
+    saved = read_checkpoint(path)
+    for name, was in saved["args"].items():
+        if name not in MAY_CHANGE and (now := getattr(args, name, None)) != was:
+            flag = f"--{name.replace('_', '-')} {now}"
+            fail(f"{flag}: {args.out} was trained with {was}; name another --out")
+    if meta and saved["meta"] | {"source": meta["source"]} != meta:
+        fail(f"--data {args.data} is not the dataset of {args.out}; name another --out")
+    if saved["step"] > steps:
+        fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
+    return saved
+
+
+def build_schedule(args, steps):
+    """The schedule of the flags of the same names."""
+    sampler = schedules.TIME_SAMPLERS[args.time_sampler]
+    names = "accel progressive gap beta_k snr_gamma dtd_clusters dtd_patience dtd_cap"
+    flags = {name: getattr(args, name) for name in names.split()}
+    try:
+        quantile = partial(sampler, mu=args.time_mu, sigma=args.time_sigma)
+        return schedules.Schedule(steps, quantile, **flags)
+    except ValueError as error:
+        fail(f"--gap: {error}; widen it")
+
+
+def build_network(args, meta, saved, say):
+    """The network of --model; in a new run, with the weights of --init-from."""
+    try:
+        with torch.device("meta") if args.dry_run else nullcontext():
+            net = build(args.model, meta, args.conditioning)
+    except ValueError as error:
+        fail(f"--model {args.model}: {error}")
+    if args.init_from and not saved:
+        given = read_network(args.init_from, args.conditioning)
+        theirs, sizes = given["args"], CONFIGS | UNETS
+        their_size, our_size = (sizes.get(m, m) for m in (theirs["model"], args.model))
+        for name, same in [
+            ("model", their_size == our_size),
+            ("conditioning", theirs["conditioning"] == args.conditioning),
+        ]:
+            if not same:
+                fail(f"--init-from {args.init_from} has --{name} {theirs[name]}")
+        load_strictly(net, given["ema"], args.init_from)
+        say(given.get("note", f"from the EMA of {args.init_from} at step {given['step']:,}"))
+    return net
+
+
+def faster_blocks(net, compiled, checkpointed):
+    """Change how the blocks of a network run, and not what they compute."""
+    torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
+    torch._inductor.config.fallback_random = (
+        True  # so that dropout is the same in du/dt, uncompiled
+    )
+    for block in net.blocks:
+        if checkpointed:
+            block.forward = partial(checkpoint_block, block.forward)
+        if compiled:  # by block: it takes seconds, the whole network minutes
+            block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def checkpoint_block(block, *args):
+    """Keep only the block's input, and run it again for the backward."""
+    if torch.is_grad_enabled():
+        return checkpoint(block, *args, use_reentrant=False)
+    return block(*args)
+
+
+def load_batches(args, data, split, start, steps, device):
+    """For each step, the reading of this rank's micro-batches: get() gives [(rows, labels), ...].
+
+    Threads read ahead. numpy lets others run while it copies rows of the memory-mapped file.
+    """
+    pin = torch.Tensor.pin_memory if device.type == "cuda" else torch.Tensor.contiguous
+
+    def read(step):
+        keys = ((step, chunk, split.micro, args.batch_size) for chunk in split.chunks)
+        indices = (chunk_indices(*key, len(data), args.seed) for key in keys)
+        return [tuple(map(pin, data[rows])) for rows in indices]
+
+    pool, ahead = ThreadPool(args.workers), deque()  # its threads never keep Python from ending
+    for step in range(start, steps if data else start):
+        ahead.append(pool.apply_async(read, (step,)))
+        if len(ahead) > 2 * args.workers:
+            yield ahead.popleft()
+    yield from ahead
 
 
 @lru_cache(maxsize=2)
@@ -566,29 +533,9 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
     return np.concatenate(picks)
 
 
-def on_signals(handler, _worker=None):
+def on_signals(handler):
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         signal.signal(getattr(signal, name), handler)
-
-
-def faster_blocks(net, compiled, checkpointed):
-    """Change how the blocks of a network run, and not what they compute."""
-    torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
-    torch._inductor.config.fallback_random = (
-        True  # so that dropout is the same in du/dt, uncompiled
-    )
-    for block in net.blocks:
-        if compiled:  # by block: it takes seconds, the whole network minutes
-            block.forward = torch.compile(block.forward, dynamic=False)
-        if checkpointed:
-            block.forward = partial(checkpoint_block, block.forward)
-
-
-def checkpoint_block(block, *args):
-    """Keep only the block's input, and run it again for the backward."""
-    if torch.is_grad_enabled():
-        return checkpoint(block, *args, use_reentrant=False)
-    return block(*args)
 
 
 def largest_of_ranks(signum):
@@ -600,62 +547,137 @@ def largest_of_ranks(signum):
     return signum.item()
 
 
-def averages(rows, num_eq, num_neq):
-    """A row of metrics from the `stats` of the steps of an interval."""
-    loss, v_error, u_error, grad_norm = rows[:, :4].mean(0).tolist()
-    errors = {"v_error": v_error} if num_eq else {}
-    errors |= {"u_error": u_error} if num_neq else {}
-    sums, counts = rows[:, 4:].sum(0).view(2, len(GAPS))
-    return {"loss": loss} | errors | {"grad_norm": grad_norm} | by_gap("u_error", sums / counts)
+# ---------------------------------------------------------------------------- what a run reports
 
 
-def by_gap(name, values):
-    """{"name_0.1-0.3": value, ...} of the ranges of gaps that had samples."""
-    named = zip(GAPS, values.tolist(), strict=True)
-    return {f"{name}_{gap}": value for gap, value in named if math.isfinite(value)}
+class Report:
+    """metrics.jsonl, the pictures of samples/ and their FID, TensorBoard and progress.png.
 
+    `add` each micro-batch, then end the `step`. The sums stay on the device: a GPU is waited for
+    only where `metrics` writes a row.
+    """
 
-def refuse_another_run(saved, args, meta, steps):
-    """End the script where the checkpoint in --out was made by another command."""
-    for name, was in saved["args"].items():
-        if name not in MAY_CHANGE and (now := getattr(args, name, None)) != was:
-            flag = f"--{name.replace('_', '-')} {now}"
-            shared.fail(f"{flag}: {args.out} was trained with {was}; name another --out")
-    if meta and saved["meta"] | {"source": meta["source"]} != meta:
-        shared.fail(f"--data {args.data} is not the dataset of {args.out}; name another --out")
-    if saved["step"] > steps:
-        shared.fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
+    def __init__(self, args, meta, ema, split, start, steps, say):
+        self.args, self.ema, self.split, self.steps, self.say = args, ema, split, steps, say
+        self.out, self.scale = Path(args.out), meta["scale"]
+        self.start = self.saved_at = start
+        device = next(ema.parameters()).device
+        self.vae = load_vae(args.vae).to(device) if args.vae else None
+        if bool(self.vae) != bool(meta["vae"]) and (self.vae or args.fid_every):
+            holds = "latents: name" if meta["vae"] else "pixels: leave out"
+            fail(f"--data {args.data} holds {holds} --vae")
+        if self.vae and self.vae.fingerprint() != meta["vae"]:
+            say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
+        if args.fid_every:
+            self.inception = fid.load_inception(args.inception).to(device)
+            if not (reference := fid.load_statistics(Path(args.fid_ref))):
+                fail(f"--fid-ref {args.fid_ref} holds no mu and sigma")
+            self.reference = reference["mu"], reference["sigma"]
+        # Rows of up to ten classes, always from the same noise.
+        self.classes = [0] * 10
+        if ema.num_classes:
+            self.classes = np.unique(np.linspace(0, ema.num_classes - 1, 10).astype(int)).tolist()
+        self.edges = torch.tensor(EDGES, device=device)
+        # Of a step: loss, v_error, u_error, norm of the gradient; by gaps, u's errors and counts.
+        self.stats, self.history = torch.zeros(4 + 2 * len(GAPS), device=device), []
+        if split.rank == 0:
+            forget_after(self.out, start)
+        self.board = None
+        if split.rank == 0 and args.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
 
+            after = start + (start > 0)  # what a run that was killed had shown after its checkpoint
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=after)
+        self.clock = time.time()
 
-def open_board(out):
-    """A writer for TensorBoard that has all of metrics.jsonl and samples/ so far, no step twice."""
-    from torch.utils.tensorboard import SummaryWriter
+    def add(self, loss, errors, gaps):
+        """Of a micro-batch the loss (0-d), and the errors and gaps t - r of its samples (B,)."""
+        num_eq, num_neq, chunks = self.split.num_eq, self.split.num_neq, len(self.split.chunks)
+        v_error = errors[:num_eq].sum() / max(num_eq, 1)
+        u_error = errors[num_eq:].sum() / max(num_neq, 1)
+        self.stats[:3] += torch.stack([loss, v_error, u_error]) / chunks
+        lo, hi, gaps = self.edges[:-1, None], self.edges[1:, None], gaps[num_eq:]
+        inside = ((lo <= gaps) & (gaps < hi)).float()  # (4, num_neq)
+        self.stats[4:] += torch.cat([inside @ errors[num_eq:], inside.sum(1)])
 
-    shutil.rmtree(out / "tensorboard", ignore_errors=True)
-    board = SummaryWriter(out / "tensorboard")
-    for row in (out / "metrics.jsonl").read_text().splitlines():
-        show_row(board, json.loads(row))
-    for picture in sorted((out / "samples").glob("*.png")):
-        show_picture(board, picture)
-    return board
+    def step(self, grad_norm):
+        """End a step. Returns its v_error, 0-d, the same on all ranks."""
+        if self.split.world > 1:
+            dist.all_reduce(self.stats)
+            self.stats /= self.split.world
+        self.stats[3] = grad_norm
+        self.history.append(self.stats)
+        self.stats = torch.zeros_like(self.stats)
+        return self.history[-1][1]
 
+    def metrics(self, step, saves, learning_rate, schedule):
+        """Log the steps since the last row where a row is due; nothing bad is saved or drawn."""
+        args, early = self.args, step == self.start + 1  # to show the speed
+        often = args.log_every, args.sample_every, *([args.fid_every] if args.fid_every else [])
+        if not (self.history and (saves or early or any(step % n == 0 for n in often))):
+            return
+        rows = torch.stack(self.history).cpu()
+        if len(bad := (~rows.isfinite().all(1)).nonzero()):
+            at = step - len(rows) + int(bad[0])
+            fail(
+                f"loss or gradient not finite at step {at:,}, learning rate {learning_rate(at):g}; "
+                f"the last checkpoint is of step {self.saved_at:,}; try a lower --lr in another "
+                "--out"
+            )
+        loss, v_error, u_error, grad_norm = rows[:, :4].mean(0).tolist()
+        row = {"step": step, "loss": loss}
+        row |= {"v_error": v_error} if self.split.num_eq else {}
+        row |= {"u_error": u_error} if self.split.num_neq else {}
+        sums, counts = rows[:, 4:].sum(0).view(2, len(GAPS))
+        of_gaps = zip(GAPS, (sums / counts).tolist(), strict=True)
+        row |= {"grad_norm": grad_norm}
+        row |= {f"u_error_{gap}": error for gap, error in of_gaps if math.isfinite(error)}
+        row |= {"lr": learning_rate(step - 1)} | schedule.state(step)
+        rate = row["images_per_second"] = len(rows) * args.batch_size / (time.time() - self.clock)
+        left = timedelta(seconds=int((self.steps - step) * args.batch_size / rate))
+        shown = [f"{k} {v:.4g}" for k, v in row.items() if k != "step" and "-" not in k]
+        self.say(f"step {step:,}/{self.steps:,}  {'  '.join(shown)}  {left} left")
+        self.write(row)
+        self.history.clear()
+        self.saved_at = step if saves else self.saved_at
 
-def show_row(board, row):
-    for name in row.keys() - {"step"}:
-        board.add_scalar(name, row[name], row["step"])
-    board.flush()
+    def write(self, row):
+        if self.split.rank == 0:
+            with open(self.out / "metrics.jsonl", "a") as file:
+                file.write(json.dumps(row) + "\n")
+            for name in row.keys() - {"step"} if self.board else ():
+                self.board.add_scalar(name, row[name], row["step"])
 
+    def pictures(self, step, ended):
+        """Draw the grid of one-step samples and measure their FID where they are due."""
+        args, split = self.args, self.split
+        picture = self.out / "samples" / f"{step:08d}.png"
+        draws = ended or step % args.sample_every == 0
+        if split.rank == 0 and draws and not picture.exists():
+            x = draw(self.ema, self.classes * GRID_ROWS)
+            save_grid(to_pixels(x, self.vae, self.scale), picture, len(self.classes))
+            if self.board:
+                pixels = np.array(Image.open(picture).convert("RGB"))
+                self.board.add_image("samples", pixels, step, dataformats="HWC")
+        if args.fid_every and step > self.start and (ended or step % args.fid_every == 0):
+            samples = OneStepSamples(self.ema, self.vae, self.scale, args.fid_num)
+            ours = fid.measure(self.inception, samples, "FID", rank=split.rank, world=split.world)
+            row = {"step": step, "inception_score": ours["score"], "fid_samples": args.fid_num}
+            if split.rank == 0:
+                row["fid"] = fid.frechet_distance(ours["mu"], ours["sigma"], *self.reference)
+                shown = f"FID {row['fid']:.5g} of {args.fid_num:,} samples"
+                self.say(f"step {step:,}/{self.steps:,}  {shown}")
+                self.write(row)
+        if not self.history:
+            self.clock = time.time()
 
-def show_picture(board, path):
-    pixels = np.array(Image.open(path).convert("RGB"))
-    board.add_image("samples", pixels, int(path.stem), dataformats="HWC")
-
-
-def append_row(out, row, board):
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(row) + "\n")
-    if board:
-        show_row(board, row)
+    def close(self):
+        if self.board:
+            self.board.close()
+        if self.split.rank == 0:
+            save_progress(self.out / "samples", self.out / "progress.png")
+            made = f"{self.out / 'last.pt'}, {self.out / 'progress.png'}"
+            self.say(f"done: {made}; draw more with sample.py")
 
 
 def forget_after(out, step):
@@ -665,7 +687,7 @@ def forget_after(out, step):
         if not row.endswith("}") or json.loads(row)["step"] > step:  # later, or cut by a kill
             break
         kept.append(row + "\n")
-    shared.replace_file(path, lambda file: file.write("".join(kept).encode()))
+    replace_file(path, lambda file: file.write("".join(kept).encode()))
     for picture in (out / "samples").glob("*.png"):
         if int(picture.stem) > step or step == 0:
             picture.unlink()
@@ -682,34 +704,35 @@ def save_progress(samples, path, rows=10):
         text = f"step {int(files[pick].stem)}"
         ImageDraw.Draw(picture).text((8, (i + 0.5) * tile), text, anchor="lm")
         picture.paste(grid.crop((0, 0, width, tile)), (margin, i * tile))
-    shared.replace_file(path, partial(picture.save, format="PNG"))
+    replace_file(path, partial(picture.save, format="PNG"))
 
 
 class OneStepSamples:
-    """Pictures as fid.py's: samples[indices] draws those, (B, C, H, W) uint8, balanced in class."""
+    """Like fid.Pictures: samples[indices] draws those, (B, C, H, W) uint8, balanced in class."""
 
     def __init__(self, net, vae, scale, num):
         self.net, self.vae, self.scale, self.rows, self.files = net, vae, scale, range(num), []
 
     def __getitem__(self, indices):
         labels = [i % max(self.net.num_classes, 1) for i in indices]
-        pixels = shared.to_pixels(draw(self.net, labels, indices), self.vae, self.scale)
-        return torch.from_numpy(pixels)
+        return to_pixels(draw(self.net, labels, indices), self.vae, self.scale), None
 
 
 # ---------------------------------------------------------------------------- --bench
 
 
-def bench(args, net, objective, update, autocast, times, num_neq, meta, vae, batches, say):
+def bench(args, net, objective, schedule, split, update, autocast, meta, batches, say):
     """Print what a step costs on this machine: loss and gradients of a micro-batch, Adam, EMA.
 
     All that is timed is timed in turn, so that background load affects all of it; the median of the
     rounds counts. On a CPU it is process time on one thread, which load affects least.
     """
     if dist.is_initialized():
-        shared.fail("--bench measures one device: start it without torchrun")
+        fail("--bench measures one device: start it without torchrun")
     device = next(net.parameters()).device
-    cuda, (t, r) = device.type == "cuda", (time.to(device) for time in times)
+    cuda, num_neq = device.type == "cuda", split.num_neq
+    generator = torch.Generator(device).manual_seed(args.seed)
+    t, r, _ = schedule.sample(split.num_eq, num_neq, 0, generator)
     if not cuda:
         torch.set_num_threads(1)
     x, e = torch.randn(2, len(t), *meta["shape"], device=device)
@@ -757,11 +780,7 @@ def bench(args, net, objective, update, autocast, times, num_neq, meta, vae, bat
     product = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
     timed = steps | {"product": partial(torch.mm, *product)}
     timed["sampling"] = autocast(partial(meanflow.sample, net, e, y))
-    if meta["vae"]:  # the speed of a VAE does not depend on its weights
-        few = e[: 16 if cuda else 1]
-        vae = vae or shared.VAE().to(device, memory_format=torch.channels_last)
-        timed["decoding"] = partial(shared.to_pixels, few, vae)
-    taken, progress = {name: [] for name in timed}, shared.Progress("bench", rounds)
+    taken, progress = {name: [] for name in timed}, Progress("bench", rounds)
     for _ in range(rounds):
         for name, run in timed.items():
             taken[name].append(timeit.timeit(run, timer=clock, number=repeat) / repeat)
@@ -784,18 +803,15 @@ def bench(args, net, objective, update, autocast, times, num_neq, meta, vae, bat
             f"{len(t) / median[name]:12.4g}{gpu}"
         )
     say(f"sampling in one step: {len(t) / median['sampling']:.4g} pictures/s")
-    if meta["vae"]:
-        say(f"decoding: {len(few) / median['decoding']:.4g} pictures/s")
-    if batches is not None:
-        for _ in range(2 * args.workers + 1):  # the workers have read these already
-            next(batches, None)
-        read, begin, now = 0, time.perf_counter(), 0
-        for images, _ in batches:
-            read, now = read + len(images), time.perf_counter()
-            if now > begin + 5:
-                break
-        if read:
-            say(f"the loader alone, {args.workers} workers: {read / (now - begin):.4g} pictures/s")
+    for _ in range(2 * args.workers + 1):  # read already
+        next(batches, None)
+    read, begin = 0, time.perf_counter()
+    for reading in batches:
+        read += sum(len(images) for images, _ in reading.get())
+        if (now := time.perf_counter()) > begin + 5:
+            break
+    if read:
+        say(f"the loader alone, {args.workers} threads: {read / (now - begin):.4g} pictures/s")
 
 
 if __name__ == "__main__":
