@@ -1056,6 +1056,36 @@ def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, 
         prepare(tmp_path / "bad", tmp_path / "none", "--skip-unreadable")
 
 
+@pytest.mark.parametrize(
+    ("fate", "words"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "DataLoader worker (pid"),
+        pytest.param(lambda: time.sleep(1e6), "timed out after 3 s", marks=pytest.mark.slow),
+    ],
+)
+def test_a_process_that_dies_or_hangs_ends_the_script(tmp_path, monkeypatch, capsys, fate, words):
+    """And what the others read does not go through /dev/shm."""
+    read, parent = prepare_latents.ImageFolder.__getitem__, os.getpid()
+
+    def read_or_end(folder, batch):
+        if batch[0] == 8 and os.getpid() != parent:
+            fate()
+        return read(folder, batch)
+
+    monkeypatch.setattr(prepare_latents.ImageFolder, "__getitem__", read_or_end)
+    monkeypatch.setattr(prepare_latents, "HANGS_AFTER", 3)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_filename_cpu_", None)
+    monkeypatch.setattr(torch.UntypedStorage, "_share_fd_cpu_", None)
+    for i in range(20):
+        Image.new("L", (8, 8), i).save(tmp_path / f"{i:02d}.png")
+    flags = [tmp_path, "--out", tmp_path / "set", "--size", 8, "--batch-size", 2, "--workers", 2]
+    refusal(capsys, 1, words, prepare_latents, *flags)
+    monkeypatch.setattr(prepare_latents.ImageFolder, "__getitem__", read)
+    prepare_latents.main(prepare_latents.parse_args(list(map(str, flags))))  # resumes
+    images = prepare_latents.Dataset(tmp_path / "set").images
+    assert (images[:, 0, 0, 0] == np.arange(20)).all()
+
+
 def random_vae(path, widths=(32, 32, 32, 64), seed=0):
     """A small VAE with random weights, in a file."""
     torch.manual_seed(seed)
@@ -1404,32 +1434,69 @@ def test_an_exported_network_draws_and_starts_like_its_checkpoint(checkpoint, gl
 
 
 class OwnNetwork(nn.Module):
+    """With a weight that two layers share, a parameter without gradient, a buffer and dropout."""
+
     channels, size, num_classes, null_label, blocks = 1, 16, 10, 10, ()
 
     def __init__(self):
         super().__init__()
-        self.conv, self.label = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(11, 16)
+        self.conv, self.out = (nn.Conv2d(1, 1, 3, padding=1) for _ in range(2))
+        self.out.weight = self.conv.weight
+        self.unused, self.label = nn.Parameter(torch.ones(2)), nn.Embedding(11, 16)
         self.register_buffer("one", torch.ones(1), persistent=False)
 
     def forward(self, z, r, t, y):
-        gap = (self.one + t - r)[:, None, None, None]
-        return self.conv(z) * gap + self.label(y)[:, None, :, None]
+        h = F.dropout(self.conv(z), 0.1, self.training) * self.one
+        return self.out(h) * (1 + t - r)[:, None, None, None] + self.label(y)[:, None, :, None]
 
 
-def test_a_network_of_ones_own_trains_starts_and_draws(glyphs, tmp_path, monkeypatch, capsys):
+def own_network(*_):
+    return OwnNetwork()
+
+
+def rank_of_an_own_network(rank, *args):
+    train.build, train.RECIPES["own"] = own_network, {}
+    rank_of_a_run(rank, *args)
+
+
+def test_a_network_of_ones_own_trains_resumes_starts_and_draws(
+    glyphs, tmp_path, monkeypatch, capsys
+):
     for script in (train, sys.modules["model"]):
-        monkeypatch.setattr(script, "build", lambda *_: OwnNetwork())
+        monkeypatch.setattr(script, "build", own_network)
     monkeypatch.setitem(train.RECIPES, "own", {})
-    own = ["--model", "own", "--steps", 2, "--lr", 0.1, "--ema-decay", 0]
-    trained = run(glyphs, tmp_path / "own", *own)["ema"]
-    assert trained.keys() == OwnNetwork().state_dict().keys()
-    run(glyphs, tmp_path / "next", *own, "--init-from", tmp_path / "own" / "last.pt")
+    own = ["--model", "own", "--lr", 0.1, "--ema-decay", 0]
+    state = run(glyphs, tmp_path / "own", *own, "--steps", 4)
+    assert state["ema"].keys() == OwnNetwork().state_dict().keys()
+    run(glyphs, tmp_path / "resumed", *own, "--steps", 2)
+    torch.save(torch.load(tmp_path / "resumed" / "last.pt"), tmp_path / "2.pt")
+    run(glyphs, tmp_path / "resumed", *own, "--steps", 4)
+    given = tmp_path / "own" / "last.pt"
+    started = run(glyphs, tmp_path / "next", *own, "--steps", 2, "--init-from", given)
+    for found in (state, started):
+        assert_close(found["net"]["out.weight"], found["net"]["conv.weight"], rtol=0, atol=0)
+    assert (started["net"]["out.weight"] != OwnNetwork().out.weight).all()
+    run(glyphs, tmp_path / "next", *own, "--steps", 4, "--init-from", given)
     start = (tmp_path / name / "samples" / "00000000.png" for name in ("own", "next"))
     assert len({path.read_bytes() for path in start}) == 2
-    flags = tmp_path / "own" / "last.pt", "--out", tmp_path / "own.png"
+    flags = given, "--out", tmp_path / "own.png"
     sample.main(sample.parse_args(list(map(str, flags))))
     monkeypatch.undo()
     refusal(capsys, 1, "model.py has no such network", sample, *flags)
+
+
+@pytest.mark.slow
+def test_two_ranks_train_a_network_of_ones_own_like_one(glyphs, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build", own_network)
+    monkeypatch.setitem(train.RECIPES, "own", {})
+    flags = ["--model", "own", "--micro-batch-size", 4, "--steps", 4, "--accel", "none"]
+    alone = run(glyphs, tmp_path / "one", *flags)
+    args = free_port(), tiny(glyphs, tmp_path / "two", *flags), tmp_path
+    torch.multiprocessing.spawn(rank_of_an_own_network, args, 2)
+    two = torch.load(tmp_path / "two" / "last.pt", weights_only=True)
+    for one, other in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+    nearly_equal(two["net"], alone["net"])
 
 
 # ---------------------------------------------------------------------------- fid.py
@@ -2131,6 +2198,30 @@ def test_two_ranks_stop_together_by_a_signal_to_one_and_go_on(start, tmp_path, a
     for out in (whole, stopped):
         assert [job.wait(60) for job in start(log, out, *flags, ranks=2)] == [0, 0]
     same_run(whole, stopped)
+
+
+STALLS = """
+import sys, time
+import prepare_latents, train
+read, calls = prepare_latents.Dataset.__getitem__, iter(range(99))
+prepare_latents.Dataset.__getitem__ = lambda self, rows: (
+    read(self, rows) if next(calls) < 5 else time.sleep(1e6)
+)
+train.main(train.parse_args(sys.argv[1:]))
+"""
+
+
+def test_a_run_whose_data_stalls_ends_by_a_signal_and_is_saved(glyphs, tmp_path):
+    flags = tiny(glyphs, tmp_path / "run", "--steps", 9)
+    with open(tmp_path / "log", "w") as log:
+        command = [sys.executable, "-c", STALLS, *flags]
+        job = subprocess.Popen(command, stdout=log, stderr=log, cwd=HERE)
+    seen(tmp_path / "log", "step 4/", job)
+    time.sleep(1)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(30) == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped after step 5" in (tmp_path / "log").read_text()
+    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
 
 
 @pytest.mark.slow

@@ -298,11 +298,8 @@ def main(args):
         null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
         p=args.adaptive_p, c=args.adaptive_c, **guidance,
     )  # fmt: skip
+    model = distributed(net, meta["shape"]) if world > 1 else net
     faster_blocks(net, args.compile, args.activation_checkpointing)
-    model = net
-    if world > 1:
-        torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
-        model = DistributedDataParallel(net, gradient_as_bucket_view=True)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
     batches = load_batches(args, data, split, start, steps, device)
 
@@ -328,7 +325,8 @@ def main(args):
     def update(step):
         """A step of Adam and of the running average; returns the norm of the gradient."""
         optimizer.param_groups[0]["lr"] = learning_rate(step)
-        grad_norm = torch.nn.utils.get_total_norm([p.grad for p in trained])
+        gradients = [p.grad for p in trained if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients)
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay views of its buckets
         update_ema(list(ema.parameters()), list(net.parameters()), None)
@@ -471,6 +469,20 @@ def build_network(args, meta, saved, say):
         load_strictly(net, given["ema"], args.init_from)
         say(given.get("note", f"from the EMA of {args.init_from} at step {given['step']:,}"))
     return net
+
+
+def distributed(net, shape):
+    """The network in DDP, which must be told whether there are parameters without a gradient."""
+    torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
+    device, trained = (
+        next(net.parameters()).device,
+        [p for p in net.parameters() if p.requires_grad],
+    )
+    z, t = torch.zeros(1, *shape, device=device), torch.ones(1, device=device)
+    u = net(z, t, t, torch.zeros_like(t, dtype=torch.long))
+    gradients = torch.autograd.grad(u.sum(), trained, allow_unused=True)
+    unused = any(gradient is None for gradient in gradients)
+    return DistributedDataParallel(net, gradient_as_bucket_view=True, find_unused_parameters=unused)
 
 
 def faster_blocks(net, compiled, checkpointed):
