@@ -2009,14 +2009,14 @@ def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsy
     flags = ["--bench", "--data", glyphs, "--out", tmp_path / "none", "--batch-size", 8, *more]
     train.main(train.parse_args(list(map(str, flags))))
     lines = capsys.readouterr().out.splitlines()
-    rows = {line[:26].strip(): line[26:].split() for line in lines[3:] if "%" in line}
+    rows = {line[:26].strip(): line[26:].split() for line in lines if "ow" in line[:26]}
     ratio = {name: float(row[0]) for name, row in rows.items()}
     flops = {name: float(row[1]) / float(rows["flow matching"][1]) for name, row in rows.items()}
     assert len(rows) == 3 + 2 * (not more)
     assert ratio["flow matching"] == 1 < ratio["MeanFlow"] < ratio["guided MeanFlow"]
     assert 1 < flops["MeanFlow"] < 1.2
     assert 1.4 < flops["guided MeanFlow"] < 1.6
-    assert all(0 < float(row[2].rstrip("%")) < 130 for row in rows.values())
+    assert all(0 < float(row[2]) < 10 for row in rows.values())
     if not more:
         assert flops["MeanFlow, textbook"] > 1.6
         assert flops["guided MeanFlow, textbook"] > 2.2

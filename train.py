@@ -274,7 +274,9 @@ def main(args):
         f"pictures {tuple(meta['shape'])} of {len(meta['classes'])} classes"
         f"{'' if data else f', assumed as there is no {args.data} yet'}\n"
         f"{out}: {steps:,} steps of {args.batch_size} = {steps * args.batch_size / epoch:.1f} "
-        f"epochs from step {start:,}; {world} x {device.type}, {args.dtype}; on each {split}"
+        f"epochs from step {start:,}; {world} x {device.type}, {args.dtype}; on each "
+        f"{len(split.chunks)} x {split.micro} samples a step, {split.num_neq} of {split.micro} "
+        "with r < t"
     )
     if (kept := args.ema_decay**steps) > 0.05:
         say(f"note: {kept:.0%} of the EMA will still be the initial weights; lower --ema-decay")
@@ -414,13 +416,8 @@ class Split:
         self.chunks = range(rank, args.batch_size // micro, world)
         self.num_neq = round(micro * args.r_neq_t)
         self.num_eq = micro - self.num_neq
-        for some, share in [(self.num_neq, args.r_neq_t), (self.num_eq, 1 - args.r_neq_t)]:
-            if (some == 0) != (share == 0):
-                fail(f"--r-neq-t {args.r_neq_t} of {micro} is none or all: raise --batch-size")
-
-    def __str__(self):
-        of_micro = f"{self.num_neq} of {self.micro} with r < t"
-        return f"{len(self.chunks)} x {self.micro} samples a step, {of_micro}"
+        if 0 < args.r_neq_t < 1 and self.num_neq in (0, micro):
+            fail(f"--r-neq-t {args.r_neq_t} of {micro} is none or all: raise --batch-size")
 
 
 def read_last(path, args, meta, steps):
@@ -458,14 +455,10 @@ def build_network(args, meta, saved, say):
         fail(f"--model {args.model}: {error}")
     if args.init_from and not saved:
         given = read_network(args.init_from, args.conditioning)
-        theirs, sizes = given["args"], CONFIGS | UNETS
-        their_size, our_size = (sizes.get(m, m) for m in (theirs["model"], args.model))
-        for name, same in [
-            ("model", their_size == our_size),
-            ("conditioning", theirs["conditioning"] == args.conditioning),
-        ]:
-            if not same:
-                fail(f"--init-from {args.init_from} has --{name} {theirs[name]}")
+        sizes = CONFIGS | UNETS  # XL/2 and XL/2+ are one network
+        for name, ours in [("model", args.model), ("conditioning", args.conditioning)]:
+            if sizes.get(theirs := given["args"][name], theirs) != sizes.get(ours, ours):
+                fail(f"--init-from {args.init_from} has --{name} {theirs}")
         load_strictly(net, given["ema"], args.init_from)
         say(given.get("note", f"from the EMA of {args.init_from} at step {given['step']:,}"))
     return net
@@ -636,14 +629,12 @@ class Report:
                 f"the last checkpoint is of step {self.saved_at:,}; try a lower --lr in another "
                 "--out"
             )
-        loss, v_error, u_error, grad_norm = rows[:, :4].mean(0).tolist()
-        row = {"step": step, "loss": loss}
-        row |= {"v_error": v_error} if self.split.num_eq else {}
-        row |= {"u_error": u_error} if self.split.num_neq else {}
         sums, counts = rows[:, 4:].sum(0).view(2, len(GAPS))
-        of_gaps = zip(GAPS, (sums / counts).tolist(), strict=True)
-        row |= {"grad_norm": grad_norm}
-        row |= {f"u_error_{gap}": error for gap, error in of_gaps if math.isfinite(error)}
+        names = ["loss", "v_error", "u_error", "grad_norm", *(f"u_error_{gap}" for gap in GAPS)]
+        means = zip(names, [*rows[:, :4].mean(0).tolist(), *(sums / counts).tolist()], strict=True)
+        has = {"v_error": self.split.num_eq, "u_error": self.split.num_neq}
+        row = {"step": step}
+        row |= {k: mean for k, mean in means if math.isfinite(mean) and has.get(k, True)}
         row |= {"lr": learning_rate(step - 1)} | schedule.state(step)
         rate = row["images_per_second"] = len(rows) * args.batch_size / (time.time() - self.clock)
         left = timedelta(seconds=int((self.steps - step) * args.batch_size / rate))
@@ -742,19 +733,18 @@ def bench(args, net, objective, schedule, split, update, autocast, meta, batches
     if dist.is_initialized():
         fail("--bench measures one device: start it without torchrun")
     device = next(net.parameters()).device
-    cuda, num_neq = device.type == "cuda", split.num_neq
-    generator = torch.Generator(device).manual_seed(args.seed)
-    t, r, _ = schedule.sample(split.num_eq, num_neq, 0, generator)
+    cuda, rounds, repeat = (True, 10, 10) if device.type == "cuda" else (False, 5, 1)
     if not cuda:
         torch.set_num_threads(1)
+    t, r, _ = schedule.sample(split.num_eq, split.num_neq, 0, torch.Generator(device))
     x, e = torch.randn(2, len(t), *meta["shape"], device=device)
     y = torch.arange(len(t), device=device) % max(net.num_classes, 1)
     losses = {"flow matching": partial(meanflow.loss, net, x, e, t, t, y, 0)}
     goals = {"MeanFlow": replace(objective, omega=1.0, kappa=0.0)}
     goals |= {"guided MeanFlow": objective} if objective.guided else {}
     for name, goal in goals.items():
-        losses[name] = partial(meanflow.loss, net, x, e, r, t, y, num_neq, objective=goal)
-        if not args.activation_checkpointing:  # torch cannot, under a JVP with a graph
+        losses[name] = partial(meanflow.loss, net, x, e, r, t, y, split.num_neq, objective=goal)
+        if not args.activation_checkpointing:  # torch 2.11 cannot, under a JVP
             textbook = partial(meanflow.textbook_loss, net, x, e, r, t, y, objective=goal)
             losses[f"{name}, textbook"] = textbook
 
@@ -771,59 +761,50 @@ def bench(args, net, objective, schedule, split, update, autocast, meta, batches
 
     # What each step does, the memory it takes, and how long the GPU computes. The counter of FLOPs
     # sees neither a compiled graph nor every backend's attention.
-    steps, flops, memory, busy = {k: partial(step, f) for k, f in losses.items()}, {}, {}, {}
+    steps, flops, gpu = {name: partial(step, loss_of) for name, loss_of in losses.items()}, {}, {}
     for name, run in steps.items():
-        for _ in range(1 + args.compile):  # the first compiles
+        for _ in range(2):  # the first compiles, and makes Adam's state
             if cuda:
                 torch.cuda.reset_peak_memory_stats()
             run()
         if cuda:
-            memory[name] = torch.cuda.max_memory_allocated() / 1e9
+            memory = torch.cuda.max_memory_allocated() / 1e9
             with profile(activities=[ProfilerActivity.CUDA]) as profiler:
                 run()
             kernels = [k for k in profiler.key_averages() if k.device_type == DeviceType.CUDA]
-            busy[name] = sum(kernel.self_device_time_total for kernel in kernels) / 1e6
-        flops[name], set_stance = FlopCounterMode(display=False), torch.compiler.set_stance
-        with set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), flops[name]:
+            gpu[name] = memory, sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+        counter, eager = FlopCounterMode(display=False), torch.compiler.set_stance("force_eager")
+        with eager, sdpa_kernel(SDPBackend.MATH), counter:
             run()
+        flops[name] = counter.get_total_flops() / 1e12
 
-    # How long they take; beside them sampling, and a large product for what the machine can do.
-    n, rounds, repeat = (8192, 10, 10) if cuda else (2048, 5, 1)
-    product = torch.randn(2, n, n, device=device, dtype=getattr(torch, args.dtype))
-    timed = steps | {"product": partial(torch.mm, *product)}
-    timed["sampling"] = autocast(partial(meanflow.sample, net, e, y))
+    timed = steps | {"sampling": autocast(partial(meanflow.sample, net, e, y))}
     taken, progress = {name: [] for name in timed}, Progress("bench", rounds)
     for _ in range(rounds):
         for name, run in timed.items():
             taken[name].append(timeit.timeit(run, timer=clock, number=repeat) / repeat)
         progress(1)
     median = {name: np.median(values) for name, values in taken.items()}
-    peak = 2 * n**3 / median["product"]
-    gpu = f"{'peak GB':>9}{'GPU busy':>10}" if cuda else ""
-    say(
-        f"{len(t)} pictures a step, {args.dtype}{', process time of one thread' * (not cuda)}"
-        f"{', compiled' * args.compile}{', checkpointed' * args.activation_checkpointing}; MFU is "
-        f"of the {peak / 1e12:.3g} TFLOP/s of a product of {n} x {n} matrices\n"
-        f"{'':26}{'ratio':>7}{'TFLOP':>10}{'MFU':>6}{'pictures/s':>12}{gpu}"
-    )
+    how = ", process time of one thread" * (not cuda) + ", compiled" * args.compile
+    how += ", checkpointed" * args.activation_checkpointing
+    say(f"{len(t)} pictures a step, {args.dtype}{how}")
+    columns = f"{'ratio':>7}{'TFLOP':>10}{'TFLOP/s':>10}{'pictures/s':>12}"
+    say(f"{'':26}{columns}{'peak GB':>9}{'GPU busy':>10}" if cuda else f"{'':26}{columns}")
     for name in steps:
-        ratio = np.median(np.divide(taken[name], taken["flow matching"]))
-        done = flops[name].get_total_flops()
-        gpu = f"{memory[name]:9.3g}{busy[name] / median[name]:10.0%}" if cuda else ""
-        say(
-            f"{name:26}{ratio:7.3f}{done / 1e12:10.3g}{done / median[name] / peak:6.0%}"
-            f"{len(t) / median[name]:12.4g}{gpu}"
-        )
+        ratio, speed = np.median(np.divide(taken[name], taken["flow matching"])), 1 / median[name]
+        line = f"{name:26}{ratio:7.3f}{flops[name]:10.3g}{flops[name] * speed:10.3g}"
+        line += f"{len(t) * speed:12.4g}"
+        say(f"{line}{gpu[name][0]:9.3g}{gpu[name][1] * speed:10.0%}" if cuda else line)
     say(f"sampling in one step: {len(t) / median['sampling']:.4g} pictures/s")
     for _ in range(2 * args.workers + 1):  # read already
         next(batches, None)
     read, begin = 0, time.perf_counter()
     for reading in batches:
         read += sum(len(images) for images, _ in reading.get())
-        if (now := time.perf_counter()) > begin + 5:
+        if (seconds := time.perf_counter() - begin) > 5:
             break
     if read:
-        say(f"the loader alone, {args.workers} threads: {read / (now - begin):.4g} pictures/s")
+        say(f"the loader alone, {args.workers} threads: {read / seconds:.4g} pictures/s")
 
 
 if __name__ == "__main__":
