@@ -2342,8 +2342,12 @@ def test_every_command_of_the_findings_runs(glyphs, tmp_path, monkeypatch):
     toy = f"--model tiny --data {glyphs} --steps 2 --batch-size 8 --sample-every 9"
     found = list(commands(text))
     assert len(found) > 23
+    affinity = re.search(r"`affinity.py`.*?```python\n(.*?)```", text, re.S)[1]
     for _, script, *flags in found:
-        if script == "train.py":
+        if script == "affinity.py":
+            monkeypatch.setattr(sys, "argv", [script, str(glyphs), *flags[1:]])
+            exec(affinity, {})
+        elif script == "train.py":
             flags = re.sub(r"--(model|data|epochs|batch-size) \S+", "", " ".join(flags)).split()
             train.main(train.parse_args([*flags, *toy.split()]))
             assert Path(flags[flags.index("--out") + 1], "last.pt").exists()
