@@ -401,6 +401,13 @@ def read_checkpoint(path):
     return checkpoint
 
 
+def exported(checkpoint):
+    """What --export keeps of a checkpoint: the EMA network, without the paths of its run."""
+    args = {name: checkpoint["args"][name] for name in ("model", "conditioning")}
+    kept = {name: checkpoint[name] for name in ("ema", "meta", "step")}
+    return kept | dict(args=args, format=CHECKPOINT_FORMAT)
+
+
 def read_network(path, conditioning="t,t-r"):
     """The checkpoint of train.py or --export in a file, or a dict like it of public weights."""
     found = load_file(path)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 import meanflow
-from model import CHECKPOINT_FORMAT, fail, fingerprint, load
+from model import exported, fail, fingerprint, load
 from prepare_latents import (
     IMAGE_SUFFIXES, Background, Progress, batches_of, join_ranks, leave_ranks, load_vae, lock,
     replace_file, save_grid, to_image, to_pixels, wait_for_all,
@@ -63,13 +63,6 @@ def save_batch(paths, pixels):
     else:
         for path, picture in zip(paths, pixels, strict=True):
             replace_file(path, partial(to_image(picture).save, format="PNG"))
-
-
-def export(checkpoint, path):
-    """The EMA network alone, without the paths of its run."""
-    args = {name: checkpoint["args"][name] for name in ("model", "conditioning")}
-    kept = {name: checkpoint[name] for name in ("ema", "meta", "step")}
-    replace_file(path, partial(torch.save, kept | dict(args=args, format=CHECKPOINT_FORMAT)))
 
 
 # ---------------------------------------------------------------------------- command line
@@ -120,7 +113,7 @@ def main(args):
     say(checkpoint.get("note", f"{args.checkpoint}: step {checkpoint['step']:,}"))
     if args.export:
         if rank == 0:
-            export(checkpoint, args.export)
+            replace_file(args.export, partial(torch.save, exported(checkpoint)))
         leave_ranks()
         return
     out, kind, num = args.out, args.kind, args.num

@@ -154,16 +154,14 @@ class DTD(nn.Module):
 
 
 class Schedule(nn.Module):
-    """Which times and weights a run of `steps` steps trains with: arXiv 2511.19065v2, Sec. 5.
+    """The times and weights of a run of `steps` steps: arXiv 2511.19065v2, Sec. 5.
 
-    A batch has samples with r = t, which learn the instantaneous velocity v, and samples with
-    r < t, which learn the average velocity u. To learn v early, accel is the name of a weight in
-    ALPHAS for the former, or "dtd" for a curriculum over the times of both; "none" is MeanFlow.
-    progressive: whether beta weighs the latter, short gaps t - r first.
-
-    quantile: of the base distribution of times. gap: (lo, hi) restricts t - r where r < t (Sec.
-    4.2); ValueError where the distribution gives no such gaps. beta_k: k of beta's s; snr_gamma:
-    MinSNR's clip; dtd_...: see `DTD`. A module, for the state of DTD and for its device.
+    Samples with r = t learn the instantaneous velocity v, samples with r < t the average velocity
+    u. To learn v early, accel is the name of a weight in ALPHAS for the former, or "dtd" for a
+    curriculum over the times of both; "none" is MeanFlow. progressive: whether beta weighs the
+    latter, short gaps t - r first. quantile: of the base distribution of times. gap: (lo, hi)
+    restricts t - r where r < t (Sec. 4.2); ValueError where the distribution gives no such gaps.
+    A module, for the state of DTD and for its device.
     """
 
     def __init__(
@@ -184,7 +182,6 @@ class Schedule(nn.Module):
         self.dtd = DTD(steps, dtd_clusters, dtd_patience, dtd_cap)
 
     def s(self, step):
-        """s of beta: from 1 at the first step to 0 at the end."""
         return 1 - (step / self.steps) ** self.beta_k
 
     def sample(self, num_eq, num_neq, step, generator=None):
