@@ -94,8 +94,7 @@ GAPS = [f"{lo}-{hi}" for lo, hi in pairwise(EDGES)]
 # by the share of the run. The data is compared by its meta.json.
 MAY_CHANGE = {"steps", "epochs", "compile", "workers", "log_every", "sample_every", "save_every"}
 MAY_CHANGE |= {"data", "out", "dry_run", "bench", "init_from", "vae", "tensorboard", "inception"}
-MAY_CHANGE |= {"fid_ref", "fid_every", "fid_num", "activation_checkpointing"}
-MAY_CHANGE |= {"micro_batch_size"}
+MAY_CHANGE |= {"fid_ref", "fid_every", "fid_num", "activation_checkpointing", "micro_batch_size"}
 
 GRID_ROWS = 10  # of the pictures in samples/
 TIMEOUT = timedelta(minutes=30)  # after which a rank no longer waits for another that hangs
@@ -467,12 +466,9 @@ def build_network(args, meta, saved, say):
 def distributed(net, shape):
     """The network in DDP, which must be told whether there are parameters without a gradient."""
     torch._dynamo.config.optimize_ddp = False  # or DDP's buckets would cut a compiled graph
-    device, trained = (
-        next(net.parameters()).device,
-        [p for p in net.parameters() if p.requires_grad],
-    )
-    z, t = torch.zeros(1, *shape, device=device), torch.ones(1, device=device)
-    u = net(z, t, t, torch.zeros_like(t, dtype=torch.long))
+    t = torch.ones(1, device=next(net.parameters()).device)
+    u = net(t.new_zeros(1, *shape), t, t, torch.zeros_like(t, dtype=torch.long))
+    trained = [p for p in net.parameters() if p.requires_grad]
     gradients = torch.autograd.grad(u.sum(), trained, allow_unused=True)
     unused = any(gradient is None for gradient in gradients)
     return DistributedDataParallel(net, gradient_as_bucket_view=True, find_unused_parameters=unused)
@@ -481,14 +477,12 @@ def distributed(net, shape):
 def faster_blocks(net, compiled, checkpointed):
     """Change how the blocks of a network run, and not what they compute."""
     torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
-    torch._inductor.config.fallback_random = (
-        True  # so that dropout is the same in du/dt, uncompiled
-    )
+    torch._inductor.config.fallback_random = True  # the numbers of du/dt, which is not compiled
     for block in net.blocks:
-        if checkpointed:
-            block.forward = partial(checkpoint_block, block.forward)
         if compiled:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
+        if checkpointed:  # around the compiled block: the other way, dropout would not repeat
+            block.forward = partial(checkpoint_block, block.forward)
 
 
 def checkpoint_block(block, *args):
