@@ -175,7 +175,7 @@ def derivative(net, z, r, t, y, v, tangent=(0.0, 1.0)):
     duals = zip((z, r, t), (v, *(torch.full_like(t, d) for d in tangent)), strict=True)
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), LinearTangents(), dual_level():
-        u = net(*(make_dual(a.clone(), da) for a, da in duals), y)  # views are not always taken
+        u = net(*(make_dual(a.clone(), da) for a, da in duals), y)  # it refuses some views
         return unpack_dual(u).tangent.to(z.dtype)
 
 
@@ -190,8 +190,9 @@ class LinearTangents(TorchFunctionMode):
         return (partial(self.linear, function) if linear else function)(*args, **kwargs or {})
 
     def linear(self, function, input, weight, bias=None, *args, **kwargs):
-        (x, dx), dw = unpack_dual(input), unpack_dual(weight).tangent
-        if dx is None or dw is not None:
+        x, dx = unpack_dual(input)
+        constant = all(p is None or unpack_dual(p).tangent is None for p in (weight, bias))
+        if dx is None or not constant:
             return function(input, weight, bias, *args, **kwargs)
         dy = function(dx, weight, None, *args, **kwargs)
         return make_dual(function(x, weight, bias, *args, **kwargs), dy)
@@ -250,7 +251,7 @@ def affinity(net, x, e, y, sample_times, pairs_of_gaps, objective):
     def gradient(num_neq, pairs=None):
         t, r = sample_times(len(x) - num_neq, num_neq, pairs=pairs)
         value, _ = loss(net, x, e, r, t, y, num_neq, 1.0, objective)
-        return torch.autograd.grad(value, trained)
+        return torch.autograd.grad(value, trained, allow_unused=True, materialize_grads=True)
 
     def dot(a, b):
         return torch.stack([(p * q).sum() for p, q in zip(a, b, strict=True)]).sum()

@@ -169,6 +169,8 @@ class Schedule(nn.Module):
         snr_gamma=5.0, dtd_clusters=20, dtd_patience=200, dtd_cap=0.2,
     ):  # fmt: skip
         super().__init__()
+        if accel not in ("none", *ALPHAS, "dtd"):
+            raise ValueError(f"there is no accel {accel}")
         self.steps, self.quantile, self.accel = steps, quantile, accel
         self.progressive, self.beta_k = progressive, beta_k
         pairs = time_pairs(quantile, gap) if gap else None

@@ -379,6 +379,7 @@ class ForkedBlock(nn.Module):
         )
         self.norm1, self.norm2 = nn.RMSNorm(16), nn.RMSNorm(16)
         self.norm_q, self.norm_k = nn.RMSNorm(8), nn.RMSNorm(8)
+        self.bias = nn.Parameter(torch.ones(16))
 
     def forward(self, x, c):
         angle = torch.arange(4)[:, None] / 100 ** (torch.arange(4) / 4)  # of 4 tokens, (N, 4)
@@ -396,7 +397,8 @@ class ForkedBlock(nn.Module):
         a, b = self.up(self.norm2(x)).chunk(2, -1)
         x = x + F.linear(input=self.down(F.silu(a) * b), weight=self.mix.weight, bias=None)
         weight = (self.mix.weight * c[:, None]).flatten(0, 1)[..., None, None]  # (B D, D, 1, 1)
-        h = F.conv2d(x.mT.flatten(0, 1)[None, ..., None], weight, groups=len(x))
+        bias = (self.bias * c).flatten()
+        h = F.conv2d(x.mT.flatten(0, 1)[None, ..., None], weight, bias, groups=len(x))
         return x + h.view(len(x), 16, -1).mT.cumsum(1)
 
 

@@ -142,7 +142,7 @@ def parse_args(argv=None):
     add("--dry-run", action="store_true", help="print the resolved run and exit")
     add("--bench", action="store_true", help="measure what a step costs, on noise, and exit")
     add("--vae", help="weights of the VAE, to show and measure pictures instead of latents")
-    add("--tensorboard", action="store_true", help="metrics and samples to OUT/tensorboard, too")
+    add("--tensorboard", action="store_true", help="show what follows in OUT/tensorboard, too")
 
     add = parser.add_argument_group("FID of one-step samples during training").add_argument
     add("--fid-every", type=count, help="steps between two measurements")
@@ -341,10 +341,10 @@ def main(args):
     on_signals(lambda signum, _: caught.append(signum))
 
     for step in range(start, steps + 1):
-        reading = next(batches, None)
-        while reading and not (reading.ready() or caught):
-            reading.wait(1)
-        notice = largest_of_ranks(max(caught, default=0))  # all ranks stop after the same step
+        reading, notice, stalls = next(batches, None), 0, True
+        while stalls and not notice:  # all ranks stop after the same step
+            stalls = reading is not None and (reading.wait(1) or not reading.ready())
+            notice, stalls = largest_of_ranks(max(caught, default=0), stalls)
         ended = notice > 0 or step == steps
         saves = step > start and (ended or step % args.save_every == 0)
         report.metrics(step, saves, learning_rate, schedule)  # or ends a run that diverges
@@ -423,7 +423,7 @@ def read_last(path, args, meta, steps):
     """The run's last checkpoint; ends the script where another command made it."""
     saved = read_checkpoint(path)
     for name, was in saved["args"].items():
-        if name not in MAY_CHANGE and (now := getattr(args, name, None)) != was:
+        if name not in MAY_CHANGE and (now := getattr(args, name, was)) != was:
             flag = f"--{name.replace('_', '-')} {now}"
             fail(f"{flag}: {args.out} was trained with {was}; name another --out")
     if meta and saved["meta"] | {"source": meta["source"]} != meta:
@@ -477,7 +477,7 @@ def distributed(net, shape):
 def faster_blocks(net, compiled, checkpointed):
     """Change how the blocks of a network run, and not what they compute."""
     torch._dynamo.config.recompile_limit = 64  # the U-Net's blocks have many shapes
-    torch._inductor.config.fallback_random = True  # the numbers of du/dt, which is not compiled
+    torch._inductor.config.fallback_random = True  # dropout as in du/dt, which runs eagerly
     for block in net.blocks:
         if compiled:  # by block: it takes seconds, the whole network minutes
             block.forward = torch.compile(block.forward, dynamic=False)
@@ -537,13 +537,12 @@ def on_signals(handler):
         signal.signal(getattr(signal, name), handler)
 
 
-def largest_of_ranks(signum):
+def largest_of_ranks(*values):
     """Exchanged by CPUs, so no GPU is waited for."""
-    if not dist.is_initialized():
-        return signum
-    signum = torch.tensor(signum)
-    dist.all_reduce(signum, dist.ReduceOp.MAX)
-    return signum.item()
+    values = torch.tensor(values)
+    if dist.is_initialized():
+        dist.all_reduce(values, dist.ReduceOp.MAX)
+    return values.tolist()
 
 
 # ---------------------------------------------------------------------------- what a run reports
@@ -790,8 +789,6 @@ def bench(args, net, objective, schedule, split, update, autocast, meta, batches
         line += f"{len(t) * speed:12.4g}"
         say(f"{line}{gpu[name][0]:9.3g}{gpu[name][1] * speed:10.0%}" if cuda else line)
     say(f"sampling in one step: {len(t) / median['sampling']:.4g} pictures/s")
-    for _ in range(2 * args.workers + 1):  # read already
-        next(batches, None)
     read, begin = 0, time.perf_counter()
     for reading in batches:
         read += sum(len(images) for images, _ in reading.get())
