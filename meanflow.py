@@ -114,7 +114,7 @@ def textbook_loss(net, x, e, r, t, y, weight=1.0, objective=Objective()):
 
 
 class AttentionOutsideAutocast(TorchFunctionMode):
-    """Under CUDA's autocast the JVP of attention has no backward."""
+    """Runs attention outside autocast: under CUDA's, its JVP has no backward."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         attends = function is F.scaled_dot_product_attention
@@ -175,7 +175,7 @@ def derivative(net, z, r, t, y, v, tangent=(0.0, 1.0)):
     duals = zip((z, r, t), (v, *(torch.full_like(t, d) for d in tangent)), strict=True)
     eager = torch.compiler.set_stance("force_eager")
     with torch.no_grad(), eager, sdpa_kernel(SDPBackend.MATH), LinearTangents(), dual_level():
-        u = net(*(make_dual(a.clone(), da) for a, da in duals), y)  # it refuses some views
+        u = net(*(make_dual(a.clone(), da) for a, da in duals), y)  # make_dual refuses some views
         return unpack_dual(u).tangent.to(z.dtype)
 
 

@@ -3,7 +3,8 @@
 DiT with adaLN-Zero (arXiv 2212.09748) is MeanFlow's for ImageNet, the U-Net (arXiv 2011.13456) its
 network for CIFAR-10. The one time of a diffusion model becomes a pair r <= t (arXiv 2505.13447v1,
 Tab. 1c and App. A); the blocks are untouched. Everywhere in this project t = 1 is noise, t = 0 is
-data, and the order of arguments is the paper's: net(z, r, t, y).
+data, and the order of arguments is the paper's: net(z, r, t, y). The second half of the file reads
+weights, ours and public ones.
 
     net = build("B/4", dict(shape=(4, 32, 32), classes=range(1000)))
     u = net(z, r, t, y)                    # average velocity between r and t, shaped like z

@@ -369,7 +369,7 @@ def test_the_derivative_equals_central_finite_differences(conditioning):
 
 class ForkedBlock(nn.Module):
     """What forks change first: rotary positions, RMSNorm of queries and keys, SwiGLU, no biases;
-    and a convolution whose weight depends on the sample."""
+    and convolutions whose weight or bias depends on the sample."""
 
     def __init__(self):
         super().__init__()
@@ -397,8 +397,9 @@ class ForkedBlock(nn.Module):
         a, b = self.up(self.norm2(x)).chunk(2, -1)
         x = x + F.linear(input=self.down(F.silu(a) * b), weight=self.mix.weight, bias=None)
         weight = (self.mix.weight * c[:, None]).flatten(0, 1)[..., None, None]  # (B D, D, 1, 1)
-        bias = (self.bias * c).flatten()
-        h = F.conv2d(x.mT.flatten(0, 1)[None, ..., None], weight, bias, groups=len(x))
+        h = F.conv2d(x.mT.flatten(0, 1)[None, ..., None], weight, groups=len(x))
+        weight, bias = self.mix.weight.repeat(len(x), 1)[..., None, None], (self.bias * c).flatten()
+        h = F.conv2d(h, weight, bias, groups=len(x))
         return x + h.view(len(x), 16, -1).mT.cumsum(1)
 
 
@@ -643,10 +644,12 @@ def test_the_constants_of_alpha_and_beta_equal_quadrature(mu, sigma):
 def test_a_new_alpha_is_a_choice_of_accel_and_has_mean_one(monkeypatch):
     monkeypatch.setitem(schedules.ALPHAS, "late", lambda t, gamma: gamma * t**3)
     args = train.parse_args(["--accel", "late", "--snr-gamma", "2"])
-    alpha = partial(schedules.ALPHAS[args.accel], gamma=args.snr_gamma)
-    t, _ = schedules.sample_t_r(1_000_000, 0, LOGNORM)
-    weight = alpha(t) / schedules.mean_over_v_samples(alpha, LOGNORM)
+    schedule = schedules.Schedule(9, LOGNORM, args.accel, snr_gamma=args.snr_gamma)
+    t, _, weight = schedule.sample(1_000_000, 0, 0)
     assert weight.mean().item() == pytest.approx(1, rel=0.01)
+    assert_close(weight / weight[0], (t / t[0]) ** 3)
+    with pytest.raises(ValueError, match="no accel early"):
+        schedules.Schedule(9, LOGNORM, "early")
 
 
 def test_beta_has_mean_one_at_the_start_and_is_one_at_the_end():
@@ -1467,12 +1470,12 @@ def test_a_network_of_ones_own_trains_resumes_starts_and_draws(
     for script in (train, sys.modules["model"]):
         monkeypatch.setattr(script, "build", own_network)
     monkeypatch.setitem(train.RECIPES, "own", {})
-    own = ["--model", "own", "--lr", 0.1, "--ema-decay", 0]
+    own = ["--model", "own", "--lr", 0.1, "--ema-decay", 0, "--accel", "none"]
     state = run(glyphs, tmp_path / "own", *own, "--steps", 4)
     assert state["ema"].keys() == OwnNetwork().state_dict().keys()
     run(glyphs, tmp_path / "resumed", *own, "--steps", 2)
-    torch.save(torch.load(tmp_path / "resumed" / "last.pt"), tmp_path / "2.pt")
-    run(glyphs, tmp_path / "resumed", *own, "--steps", 4)
+    resumed = run(glyphs, tmp_path / "resumed", *own, "--steps", 4)
+    assert_close(resumed["net"], state["net"], rtol=0, atol=0)
     given = tmp_path / "own" / "last.pt"
     started = run(glyphs, tmp_path / "next", *own, "--steps", 2, "--init-from", given)
     for found in (state, started):
@@ -1942,6 +1945,13 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
         assert_close(state["dtd"], dtd.state_dict(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize(("share", "absent"), [(0, "u_error"), (1, "v_error")])
+def test_a_row_has_no_error_of_samples_that_there_are_not(glyphs, tmp_path, share, absent):
+    run(glyphs, tmp_path, "--steps", 1, "--accel", "none", "--r-neq-t", share)
+    names = {"step", "loss", "v_error", "u_error", "grad_norm", "lr"} - {absent}
+    assert {name for name in metrics(tmp_path)[0] if "-" not in name} == names
+
+
 def test_the_data_order_visits_every_sample_once_an_epoch_in_micro_batches_of_any_size():
     orders = []
     for micro in (4, 12):
@@ -2119,10 +2129,10 @@ def start(glyphs):
     """start(log, out, *flags, ranks=1): the processes of a run, each in a group of its own."""
     jobs = []
 
-    def start(log, *flags, ranks=1):
+    def start(log, *flags, ranks=1, script=(HERE / "train.py",)):
         env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-        env |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, HERE / "train.py", *tiny(glyphs, *flags)]
+        env |= {"WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
+        command = [sys.executable, *script, *tiny(glyphs, *flags)]
         with open(log, "a") as file:
             for rank in map(str, range(ranks)):
                 options = dict(env=env | {"RANK": rank, "LOCAL_RANK": rank}, start_new_session=True)
@@ -2203,27 +2213,27 @@ def test_two_ranks_stop_together_by_a_signal_to_one_and_go_on(start, tmp_path, a
 
 
 STALLS = """
-import sys, time
+import os, sys, time
 import prepare_latents, train
 read, calls = prepare_latents.Dataset.__getitem__, iter(range(99))
 prepare_latents.Dataset.__getitem__ = lambda self, rows: (
-    read(self, rows) if next(calls) < 5 else time.sleep(1e6)
+    read(self, rows) if os.environ["RANK"] == "1" or next(calls) < 5 else time.sleep(1e6)
 )
 train.main(train.parse_args(sys.argv[1:]))
 """
 
 
-def test_a_run_whose_data_stalls_ends_by_a_signal_and_is_saved(glyphs, tmp_path):
-    flags = tiny(glyphs, tmp_path / "run", "--steps", 9)
-    with open(tmp_path / "log", "w") as log:
-        command = [sys.executable, "-c", STALLS, *flags]
-        job = subprocess.Popen(command, stdout=log, stderr=log, cwd=HERE)
-    seen(tmp_path / "log", "step 4/", job)
-    time.sleep(1)
-    job.send_signal(signal.SIGTERM)
-    assert job.wait(30) == 128 + signal.SIGTERM
-    assert "SIGTERM: stopped after step 5" in (tmp_path / "log").read_text()
-    assert torch.load(tmp_path / "run" / "last.pt", weights_only=True)["step"] == 5
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_run_whose_data_stalls_ends_by_a_signal_and_is_saved(start, tmp_path, ranks):
+    """Reading stalls on rank 0, and the signal goes to the last rank."""
+    log, out = tmp_path / "log", tmp_path / "run"
+    jobs = start(log, out, "--steps", 9, ranks=ranks, script=["-c", STALLS])
+    seen(log, "step 4/", jobs[0])
+    time.sleep(2)
+    jobs[-1].send_signal(signal.SIGTERM)
+    assert [job.wait(30) for job in jobs] == [128 + signal.SIGTERM] * ranks
+    assert "SIGTERM: stopped after step 5" in log.read_text()
+    assert torch.load(out / "last.pt", weights_only=True)["step"] == 5
 
 
 @pytest.mark.slow

@@ -258,9 +258,8 @@ def main(args):
     if rank == 0 and trains:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         lock(out)
-    saved = None
-    if last.exists() and not args.bench:
-        saved = read_last(last, args, data and meta, steps)
+    resumes = last.exists() and not args.bench
+    saved = read_last(last, args, data and meta, steps) if resumes else None
     start = saved["step"] if saved else 0
 
     # What is trained: the network, its running average, the optimiser; and the schedule.
@@ -338,7 +337,8 @@ def main(args):
         return
     report = Report(args, meta, ema, split, start, steps, say)
     caught = []
-    on_signals(lambda signum, _: caught.append(signum))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, lambda signum, _: caught.append(signum))
 
     for step in range(start, steps + 1):
         reading, notice, stalls = next(batches, None), 0, True
@@ -370,7 +370,8 @@ def main(args):
                     loss, errors = meanflow.loss(model, *batch)
                 (loss / len(split.chunks)).backward()
             report.add(loss.detach(), errors, gaps=batch[3] - batch[2])
-        schedule.update(report.step(update(step)), step)
+        v_error = report.step(grad_norm=update(step))
+        schedule.update(v_error, step)
 
     leave_ranks()
     if notice:
@@ -497,12 +498,13 @@ def load_batches(args, data, split, start, steps, device):
 
     Threads read ahead. numpy lets others run while it copies rows of the memory-mapped file.
     """
-    pin = torch.Tensor.pin_memory if device.type == "cuda" else torch.Tensor.contiguous
 
     def read(step):
         keys = ((step, chunk, split.micro, args.batch_size) for chunk in split.chunks)
-        indices = (chunk_indices(*key, len(data), args.seed) for key in keys)
-        return [tuple(map(pin, data[rows])) for rows in indices]
+        found = [data[chunk_indices(*key, len(data), args.seed)] for key in keys]
+        return (
+            [[a.pin_memory() for a in pair] for pair in found] if device.type == "cuda" else found
+        )
 
     pool, ahead = ThreadPool(args.workers), deque()  # its threads never keep Python from ending
     for step in range(start, steps if data else start):
@@ -532,11 +534,6 @@ def chunk_indices(step, chunk, micro, batch_size, count, seed):
     return np.concatenate(picks)
 
 
-def on_signals(handler):
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
-        signal.signal(getattr(signal, name), handler)
-
-
 def largest_of_ranks(*values):
     """Exchanged by CPUs, so no GPU is waited for."""
     values = torch.tensor(values)
@@ -551,8 +548,8 @@ def largest_of_ranks(*values):
 class Report:
     """metrics.jsonl, the pictures of samples/ and their FID, TensorBoard and progress.png.
 
-    `add` each micro-batch, then end the `step`. The sums stay on the device: a GPU is waited for
-    only where `metrics` writes a row.
+    `add` each micro-batch, then end the `step`. The sums stay on the device, so that neither waits
+    for a GPU; `metrics` does where it writes a row.
     """
 
     def __init__(self, args, meta, ema, split, start, steps, say):
@@ -610,9 +607,9 @@ class Report:
 
     def metrics(self, step, saves, learning_rate, schedule):
         """Log the steps since the last row where a row is due; nothing bad is saved or drawn."""
-        args, early = self.args, step == self.start + 1  # to show the speed
-        often = args.log_every, args.sample_every, *([args.fid_every] if args.fid_every else [])
-        if not (self.history and (saves or early or any(step % n == 0 for n in often))):
+        args, first = self.args, step == self.start + 1  # early, to show the speed
+        periods = args.log_every, args.sample_every, args.fid_every or args.log_every
+        if not (self.history and (saves or first or any(step % n == 0 for n in periods))):
             return
         rows = torch.stack(self.history).cpu()
         if len(bad := (~rows.isfinite().all(1)).nonzero()):
@@ -625,9 +622,9 @@ class Report:
         sums, counts = rows[:, 4:].sum(0).view(2, len(GAPS))
         names = ["loss", "v_error", "u_error", "grad_norm", *(f"u_error_{gap}" for gap in GAPS)]
         means = zip(names, [*rows[:, :4].mean(0).tolist(), *(sums / counts).tolist()], strict=True)
-        has = {"v_error": self.split.num_eq, "u_error": self.split.num_neq}
+        samples = {"v_error": self.split.num_eq, "u_error": self.split.num_neq}
         row = {"step": step}
-        row |= {k: mean for k, mean in means if math.isfinite(mean) and has.get(k, True)}
+        row |= {k: mean for k, mean in means if math.isfinite(mean) and samples.get(k, True)}
         row |= {"lr": learning_rate(step - 1)} | schedule.state(step)
         rate = row["images_per_second"] = len(rows) * args.batch_size / (time.time() - self.clock)
         left = timedelta(seconds=int((self.steps - step) * args.batch_size / rate))
