@@ -136,7 +136,8 @@ def load_inception(path):
     """Inception with the public weights pt_inception-2015-12-05, frozen."""
     net = Inception()
     counters = {k: v for k, v in net.state_dict().items() if "num_batches" in k}  # may be missing
-    load_strictly(net, counters | weights_in(load_file(path)), path)
+    weights, _ = weights_in(load_file(path), path, "Conv2d_1a_3x3.conv.weight")
+    load_strictly(net, counters | weights, path)
     return net.eval().requires_grad_(False)
 
 

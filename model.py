@@ -10,11 +10,11 @@ weights, ours and public ones.
     u = net(z, r, t, y)                    # average velocity between r and t, shaped like z
 """
 
-import argparse
 import hashlib
 import json
 import math
 import pickle
+import re
 import sys
 import zipfile
 from pathlib import Path
@@ -365,26 +365,42 @@ def sincos_positions(grid, width):
 
 
 # ---------------------------------------------------------------------------- their weights
-# In a file of any kind, in the checkpoints of train.py, and in public files.
+# In the checkpoints of train.py, in public files, and in files of any kind.
 
 CHECKPOINT_FORMAT = 2  # raised when a reader of the old one would misread the new
 LATENT_SCALE = 0.18215  # brings the latents of Stable Diffusion's VAE to unit variance
+PIXELS = dict(vae=None, scale=1 / 127.5, shift=-1.0)
+LATENTS = dict(vae="unknown", scale=LATENT_SCALE, shift=0.0)
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
 # Names in public weights, which follow DiT's code, and ours.
-PUBLIC_NAMES = {
-    "noise_labels_next_embedder": "time_embed.1", "noise_labels_embedder": "time_embed.0",
+DIT_NAMES = {
     "t_embedder": "time_embed.0", "h_embedder": "time_embed.1", "r_embedder": "time_embed.1",
     "x_embedder.proj": "patch_embed", "y_embedder.embedding_table": "label_embed",
     "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "adaLN_modulation": "adaln", "final_layer": "final",
 }  # fmt: skip
+AVERAGE = re.compile(r"(?:^|[._(])(?:ema|shadow|swa|average|avg)")  # in the name of an entry
+WRAPPER = re.compile(r"\b_(orig_mod|\w+_wrapped_module)\.")  # of torch, in the name of a weight
 
 
-def load(path):
-    """(EMA network on the CPU, the whole checkpoint)."""
-    checkpoint = read_network(path)
-    args = checkpoint["args"]
+def load(path, conditioning="t,t-r"):
+    """(EMA network on the CPU, its checkpoint), of train.py, --export or public weights.
+
+    Public weights give a dict with the keys of a checkpoint. `conditioning` is for those of flow
+    matching, which can take any. Ends the script where a file does not fit.
+    """
+    found = load_file(path)
+    if {"ema", "meta"} <= found.keys():
+        checkpoint = read_checkpoint(path)
+    else:
+        state, entry = weights_in(found, path, "x_embedder.proj.weight", "map_layer0.weight")
+        convert = from_unet if "map_layer0.weight" in state else from_dit
+        kind, args, meta, ours = convert(state, path, conditioning)
+        note = f"note: {path} is taken for {kind}: {args['model']}, conditioned on "
+        note += f"{args['conditioning']}; weights: {entry}"
+        checkpoint = dict(ema=ours, args=args, meta=meta, step=0, note=note)
     try:
+        args = checkpoint["args"]
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
     except (KeyError, ValueError) as error:
         fail(f"{path}: model.py has no such network ({error!r})")
@@ -409,37 +425,156 @@ def exported(checkpoint):
     return kept | dict(args=args, format=CHECKPOINT_FORMAT)
 
 
-def read_network(path, conditioning="t,t-r"):
-    """The checkpoint of train.py or --export in a file, or a dict like it of public weights."""
-    found = load_file(path)
-    if "meta" in found:
-        return read_checkpoint(path)
-    return from_public(weights_in(found), path, conditioning)
+@torch.no_grad()
+def from_dit(state, path, conditioning):
+    """(what it is, args, meta, weights), as in a checkpoint, of public weights under DiT's names.
+
+    Weights of MeanFlow have a second time embedder, of t - r. SiT's (flow matching, arXiv
+    2401.08740) lack it. SiT's time is 1 - t and its velocity x - e, so u(z, r, t) = -SiT(z, 1 - t),
+    which is folded into the weights. Embedders of other times than t, which `conditioning` asks
+    for, start at 0.
+    """
+    if any("noise_labels" in name for name in state):
+        fail(f"{path}: alphaflow's weights need its own statistics of latents, not known here")
+    ours = {}
+    for name, value in state.items():
+        for theirs, our in DIT_NAMES.items():
+            name = name.replace(theirs, our)
+        ours[name] = value
+    try:
+        width, channels, patch, _ = ours["patch_embed.weight"].shape
+        ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
+        ours["pos_embed"] = ours["pos_embed"].squeeze(0)
+        size = patch * math.isqrt(len(ours["pos_embed"]))
+        classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
+        sit, of_times = "time_embed.1.mlp.0.weight" not in ours, ours["time_embed.0.mlp.0.weight"]
+        for name in ("final.linear.weight", "final.linear.bias"):
+            rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
+            ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
+    except (KeyError, ValueError, RuntimeError) as error:
+        fail(f"{path} has not the names or shapes of DiT's weights ({error!r})")
+    depth = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
+    names = [name for name, (d, w, _, p) in CONFIGS.items() if (d, w, p) == (depth, width, patch)]
+    if not names:
+        fail(f"{path}: no --model has {depth} blocks of width {width} and patches of {patch}")
+    meta = dict(shape=[channels, size, size], classes=[str(k) for k in range(classes)], source="")
+    meta |= PIXELS if channels == 3 else LATENTS
+    if not sit:
+        return "MeanFlow's", dict(model=names[0], conditioning="t,t-r"), meta, ours
+
+    if not conditioning.startswith("t,"):
+        fail(f"--conditioning {conditioning}: {path} is conditioned on t")
+    # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
+    of_cos, of_sin = of_times.double().chunk(2, dim=1)
+    cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
+    rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
+    ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
+    net = build(names[0], meta, conditioning)
+    for embed in net.time_embed[1:]:
+        nn.init.zeros_(embed.mlp[2].weight)
+    ours = {k: v for k, v in net.state_dict().items() if k.startswith("time_embed")} | ours
+    load_strictly(net, ours, path)
+    # DiT has the same names and shapes, but finds the noise of its steps up to 999.
+    z = torch.randn(1, *meta["shape"], generator=torch.Generator().manual_seed(0))
+    step, null = torch.full((1,), 1.0 - 999), torch.tensor([classes])
+    if F.cosine_similarity(-net(z, step, step, null).flatten(), z.flatten(), dim=0) > 0.5:
+        fail(f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does")
+    return "SiT's velocity", dict(model=names[0], conditioning=conditioning), meta, ours
+
+
+def from_unet(state, path, conditioning):
+    """Like `from_dit`, of py-meanflow's network for CIFAR-10: EDM's U-Net with two times.
+
+    As torch saves it, its weights come in the order of ours, but for those of the augmentation.
+    """
+    filters = [state.pop(name) for name in [*state] if name.endswith("resample_filter")]
+    sizes = [int(found[1]) for name in state if (found := re.match(r"enc\.(\d+)x", name))]
+    size = max(sizes, default=0)
+    meta = dict(shape=[3, size, size], classes=[], source="") | PIXELS
+    weights = build("unet", meta).state_dict()
+    kernels = [name for name in weights if name.endswith("kernel")]
+    ours = {name: f * weights[name].sum() for name, f in zip(kernels, filters[::2], strict=False)}
+    ours["augment_embed.weight"] = state.pop("map_augment.weight", torch.zeros(512, 6))
+    names = [name for name in weights if name not in {*kernels, *ours}]
+    if len(names) != len(state):
+        fail(f"{path} has {len(state)} weights, and py-meanflow's U-Net {len(names)}")
+    ours |= zip(names, state.values(), strict=True)
+    return "MeanFlow's", dict(model="unet", conditioning="t,t-r"), meta, ours
+
+
+class Skipped(dict):
+    """Stands in for any object in a file but tensors and plain data: it is not made or called."""
+
+    __init__ = __setstate__ = append = extend = lambda *_: None
 
 
 def load_file(path):
     """The dict in a .safetensors file, or in one of torch.save; nothing in it is executed."""
     try:
-        if Path(path).suffix == ".safetensors":
+        if Path(path).suffix.lower() == ".safetensors":
             return read_safetensors(path)
         zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not: FID's Inception
-        with torch.serialization.safe_globals([argparse.Namespace]):  # which is data only
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-        return {**found}
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        known = {"collections.defaultdict": lambda *_: {}}
+        with torch.serialization.safe_globals([(known.get(n, Skipped), n) for n in names]):
+            return {**torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)}
     except OSError as error:
         fail(f"{path}: {error.strerror or error}")
     except pickle.UnpicklingError:
-        way = 'torch.save(torch.load(FILE, weights_only=False)["ema"], "ema.pt")'
-        fail(f"{path} is damaged, or more than tensors; if you trust it, read the ema.pt of {way}")
+        entries, read = entries_of(path), f'torch.load("{path}", weights_only=False)'
+        read += (
+            f'["{max(entries, key=lambda entry: len(AVERAGE.findall(entry)))}"]' if entries else ""
+        )
+        fail(
+            f"{path} is damaged, or more than tensors ({', '.join(entries) or 'unreadable'}); if "
+            f'you trust it, read the new.pt of torch.save({read}, "new.pt")'
+        )
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         fail(f"{path} is no whole file of weights ({error!r:.300})")
 
 
-def weights_in(found):
-    """{name: tensor} of a dict by `load_file`: in a training script's checkpoint, the EMA's."""
-    for name in ("ema", "net", "model", "state_dict"):  # where training scripts put weights
-        found = found[name] if isinstance(found.get(name), dict) else found
-    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+def entries_of(path):
+    """Names of the dicts in a file of torch.save, read with a stand-in for every other object."""
+    stand_ins = dict(find_class=lambda *_: Skipped, persistent_load=lambda *_: Skipped())
+    try:
+        with zipfile.ZipFile(path) as file:
+            (pickled,) = (name for name in file.namelist() if name.endswith("data.pkl"))
+            found = type("", (pickle.Unpickler,), stand_ins)(file.open(pickled)).load()
+        return [str(name) for name, value in found.items() if isinstance(value, dict)]
+    except Exception:  # not a zip file, or damaged
+        return []
+
+
+def weights_in(found, path, *anchors):
+    """({name: tensor} of a network in a dict by `load_file`, the name of the entry).
+
+    Each network that is sought has a weight named as one of `anchors`; what stands in front of all
+    names (DDP's module., Lightning's model.) and what wrappers put inside is taken off. Of several
+    sets of weights, as training scripts save them, it is the average.
+    """
+    sets, dicts = {}, [("", found)]
+    for where, inner in dicts:  # grows meanwhile
+        dicts += [(f"{where}{name}.", v) for name, v in inner.items() if isinstance(v, dict)]
+        state = {WRAPPER.sub("", str(name)): v for name, v in inner.items() if torch.is_tensor(v)}
+        fronts = [name.removesuffix(a) for name in state for a in anchors if name.endswith(a)]
+        counts = [name for name in state if name.endswith("n_averaged")]  # by AveragedModel
+        averaged = tuple(name.removesuffix("n_averaged") + "module." for name in counts)
+        for front in fronts:
+            longer = tuple(other for other in fronts if len(other) > len(front))
+            ours = [k for k in state if k.startswith(front) and not k.startswith(longer)]
+            entry = (where + front).strip(".") + "(average)" * front.startswith(averaged)
+            sets[entry] = {k.removeprefix(front): state[k] for k in ours}
+    if not sets:
+        names = [where + str(name) for where, inner in dicts for name in inner]
+        fail(f"{path} has {', '.join(names[-3:]) or 'nothing'}, ... but no {' or '.join(anchors)}")
+    # Of py-meanflow's three averages, the one its demo draws with.
+    best = max(sets, key=lambda entry: (len(AVERAGE.findall(entry)), entry.endswith("ema1")))
+    found = ", ".join(sets)
+    if AVERAGE.search(best):
+        return sets[best], best if best == found else f"{best} of {found}"
+    if len(sets) > 1:
+        fail(f"{path} holds several networks and no average: {found}")
+    return sets[best], f"{best} (no average found)".lstrip()
 
 
 def read_safetensors(path):
@@ -451,6 +586,8 @@ def read_safetensors(path):
     state = {}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
+        if entry["dtype"] not in SAFETENSORS or begin == end:
+            continue  # networks here have none; one that did would lack it
         if not 0 <= begin <= end <= len(data):
             raise ValueError(f"{name} does not lie within the file")
         # Copied, since nothing aligns a tensor to its element size.
@@ -464,9 +601,9 @@ def load_strictly(net, state, path):
     ours = net.state_dict()
     lacking, unknown = ours.keys() - state.keys(), state.keys() - ours.keys()
     other = {name for name in ours.keys() - lacking if ours[name].shape != state[name].shape}
-    for names, fault in [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]:
-        if names:
-            fail(f"{path} {fault} {len(names)} weights, {min(names)} among them")
+    wrong = [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]
+    if faults := [f"{fault} {len(names)} weights, {min(names)}" for names, fault in wrong if names]:
+        fail(f"{path} {'; '.join(faults)}")
     fitting = {name: state[name].to(ours[name].dtype) for name in ours}
     # A network on the meta device has no memory of its own: it takes the tensors themselves.
     net.load_state_dict(fitting, assign=any(weight.is_meta for weight in ours.values()))
@@ -479,69 +616,6 @@ def fingerprint(state):
         digest.update(name.encode())
         digest.update(state[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]
-
-
-@torch.no_grad()
-def from_public(state, path, conditioning):
-    """A dict with the keys of a checkpoint, from public weights under DiT's names.
-
-    Weights of MeanFlow have a second time embedder, whose name tells the conditioning. SiT's (flow
-    matching, arXiv 2401.08740) lack it and have twice the output channels. SiT's time is 1 - t and
-    its velocity x - e, so u(z, r, t) = -SiT(z, 1 - t), which is folded into the weights. Embedders
-    of other times than t, which `conditioning` asks for, start at 0. Ends the script where the
-    weights do not fit.
-    """
-    ours = {}
-    for name, value in state.items():
-        for theirs, our in PUBLIC_NAMES.items():
-            name = name.replace(theirs, our)
-        ours[name] = value
-    try:
-        width, channels, patch, _ = ours["patch_embed.weight"].shape
-        ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
-        ours["pos_embed"] = ours["pos_embed"].squeeze(0)
-        size = patch * math.isqrt(len(ours["pos_embed"]))
-        classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
-        outputs = len(ours["final.linear.bias"]) // patch**2
-    except (KeyError, ValueError) as error:
-        fail(f"{path} is neither train.py's nor has the names of DiT's weights ({error!r})")
-    depth = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
-    names = [name for name, (d, w, _, p) in CONFIGS.items() if (d, w, p) == (depth, width, patch)]
-    if not names:
-        fail(f"{path}: no --model has {depth} blocks of width {width} and patches of {patch}")
-    pixels = dict(vae=None, scale=1 / 127.5, shift=-1.0)
-    latents = dict(vae="unknown", scale=LATENT_SCALE, shift=0.0)
-    meta = dict(shape=[channels, size, size], classes=[str(k) for k in range(classes)], source="")
-    meta |= pixels if channels == 3 else latents
-
-    sit = "time_embed.1.mlp.0.weight" not in ours and outputs == 2 * channels
-    if not sit:
-        conditioning = "t,r" if any("labels_next" in name for name in state) else "t,t-r"
-    elif not conditioning.startswith("t,"):
-        fail(f"--conditioning {conditioning}: {path} is conditioned on t")
-    net = build(names[0], meta, conditioning)
-    for name in ("final.linear.weight", "final.linear.bias"):
-        rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
-        ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
-    if sit:
-        # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
-        of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
-        cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
-        rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
-        ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
-        for embed in net.time_embed[1:]:
-            torch.nn.init.zeros_(embed.mlp[2].weight)
-        ours = {k: v for k, v in net.state_dict().items() if k.startswith("time_embed")} | ours
-    load_strictly(net, ours, path)
-    if sit:  # DiT has the same names and shapes, but finds the noise of its steps up to 999
-        z = torch.randn(1, *meta["shape"], generator=torch.Generator().manual_seed(0))
-        step, null = torch.full((1,), 1.0 - 999), torch.tensor([classes])
-        if F.cosine_similarity(-net(z, step, step, null).flatten(), z.flatten(), dim=0) > 0.5:
-            fail(f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does")
-    kind = "SiT's velocity" if sit else "MeanFlow's"
-    note = f"note: {path} is taken for {kind}: {names[0]}, conditioned on {conditioning}"
-    args = dict(model=names[0], conditioning=conditioning)
-    return dict(ema=net.state_dict(), args=args, meta=meta, step=0, note=note)
 
 
 def fail(message):

@@ -515,7 +515,7 @@ class VAE(nn.Module):
 def load_vae(path):
     """The VAE in a file with diffusers' names, old or new, as float32, on the CPU."""
     state = {}
-    for name, tensor in weights_in(load_file(path)).items():
+    for name, tensor in weights_in(load_file(path), path, "decoder.conv_in.weight")[0].items():
         parts = [OLD_NAMES.get(part, part) for part in name.split(".")]
         state[".".join(parts)] = tensor
     name, widths = "encoder.down_blocks.{}.resnets.0.conv1.weight", []

@@ -7,7 +7,7 @@
 
 The last writes uint8 (N, H, W, C) as arr_0, the layout of ADM's evaluation. Picture i depends on
 the seed and on i alone, on any number of ranks. The same command again resumes. CKPT is a last.pt,
-an exported file, or public weights of MeanFlow or SiT (`model.from_public`).
+an exported file, or public weights of MeanFlow or SiT (`model.load`).
 """
 
 import argparse
@@ -94,6 +94,8 @@ def parse_args(argv=None):
     if args.export:
         if not args.export.parent.is_dir():
             parser.error(f"--export {args.export}: {args.export.parent} is no directory")
+        if args.export.exists() and args.export.samefile(args.checkpoint):
+            parser.error(f"--export {args.export} would overwrite the checkpoint itself")
         return args
     args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
     if not args.kind and suffix in IMAGE_SUFFIXES:

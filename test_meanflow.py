@@ -1,11 +1,12 @@
 """Every number against something independent: finite differences, closed forms, scipy, torch.
 
-python -m pytest                                             a minute on two CPU cores
+python -m pytest                                             two minutes on two CPU cores
 python -m pytest -m ""                                       also kills, torchrun, compile, peers
 MEANFLOW_RUN=runs/tiny-dtd python -m pytest -s -k trained_run    how good a finished digit run is
 """
 
 import argparse
+import collections
 import contextlib
 import copy
 import csv
@@ -54,8 +55,8 @@ import schedules
 import train
 from meanflow import Objective
 from model import (
-    CONDITIONINGS, CONFIGS, UNETS, DiT, UNet, build, load, load_file, sincos_positions, sinusoids,
-    weights_in,
+    CONDITIONINGS, CONFIGS, UNETS, DiT, UNet, build, exported, load, load_file, sincos_positions,
+    sinusoids,
 )  # fmt: skip
 
 torch.set_num_threads(1)  # the tensors are tiny
@@ -737,9 +738,55 @@ def small_unet(classes=0, depth=2):
     return net
 
 
-def unet_of_the_paper(net, z, r, t, y):
-    """arXiv 2505.13447v1, App. A, by functions of its weights, for two blocks at each size."""
-    w, wide = dict(net.state_dict()), 64
+def song_weights(size=32, depth=4, width=128, seed=0):
+    """Random weights of py-meanflow's U-Net, under the names and in the order of its files."""
+    g, wide, state = torch.Generator().manual_seed(seed), 2 * width, {}
+
+    def add(name, *shape, bias=True):
+        state[f"{name}.weight"] = (
+            torch.randn(shape, generator=g) / max(1, math.prod(shape[1:])) ** 0.5
+        )
+        if bias:
+            state[f"{name}.bias"] = 0.3 * torch.randn(shape[0], generator=g)
+
+    def block(name, inputs=wide, attention=False):
+        resamples = name.endswith(("up", "down"))
+        add(f"{name}.norm0", inputs)
+        for conv, kernel in [("conv0", 3), ("conv1", 3), ("skip", 1)]:
+            if conv == "conv1":
+                add(f"{name}.affine", wide, 4 * width)
+                add(f"{name}.norm1", wide)
+            if conv != "skip" or inputs != wide or resamples:
+                add(f"{name}.{conv}", wide, wide if conv == "conv1" else inputs, kernel, kernel)
+            if conv != "conv1" and resamples:
+                line = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
+                state[f"{name}.{conv}.resample_filter"] = torch.outer(line, line)[None, None]
+        if attention:
+            add(f"{name}.norm2", wide)
+            add(f"{name}.qkv", 3 * wide, wide, 1, 1)
+            add(f"{name}.proj", wide, wide, 1, 1)
+
+    add("map_augment", 512, 6, bias=False)
+    add("map_layer0", 4 * width, 512)
+    add("map_layer1", 4 * width, 4 * width)
+    add(f"enc.{size}x{size}_conv", width, 3, 3, 3)
+    skips, sizes = [width], [f"{n}x{n}" for n in (size, size // 2, size // 4)]
+    for level, s in enumerate(sizes):
+        for name in ["down"] * (level > 0) + [f"block{i}" for i in range(depth)]:
+            block(f"enc.{s}_{name}", skips[-1], level == 1 and name != "down")
+            skips.append(wide)
+    for level, s in reversed(list(enumerate(sizes))):
+        for name in ["up"] if level < 2 else ["in0", "in1"]:
+            block(f"dec.{s}_{name}", attention=name == "in0")
+        for i in range(depth + 1):
+            block(f"dec.{s}_block{i}", wide + skips.pop(), level == 1 and i == depth)
+    add(f"dec.{sizes[0]}_aux_norm", wide)
+    add(f"dec.{sizes[0]}_aux_conv", 3, wide, 3, 3)
+    return state
+
+
+def song_unet(w, z, r, t, augmentation=None, label=0.0):
+    """arXiv 2505.13447v1, App. A, by functions of py-meanflow's weights; label: (B, 512)."""
 
     def conv(name, x):
         return F.conv2d(x, w[f"{name}.weight"], w[f"{name}.bias"], padding="same")
@@ -762,40 +809,40 @@ def unet_of_the_paper(net, z, r, t, y):
             x = torch.from_numpy(np.take(wave, picks, axis))
         return x
 
-    def block(number, x, c, outputs=wide, attention=False, how=None):
-        name = f"blocks.{number}"
-        sized = (lambda h: h) if how is None else (lambda h: resample(h, how == "up"))
-        h = conv(f"{name}.conv1", sized(F.silu(norm(f"{name}.norm1", x))))
-        h = h + linear(f"{name}.shift", c)[:, :, None, None]
-        h = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", h)))
-        x = sized(x) if how is None and x.shape[1] == outputs else conv(f"{name}.skip", sized(x))
-        x = (h + x) / math.sqrt(2)
-        if attention:
-            q, k, v = conv(f"{name}.qkv", norm(f"{name}.norm3", x)).flatten(2).chunk(3, 1)
-            p = (q.mT @ k / outputs**0.5).softmax(-1)  # (B, H W, H W)
+    def block(name, x, c):
+        sized = partial(resample, up="_up" in name) if "_up" in name or "_down" in name else F.silu
+        h = F.silu(norm(f"{name}.norm0", x))
+        h = conv(f"{name}.conv0", h if sized is F.silu else sized(h))
+        h = F.silu(norm(f"{name}.norm1", h + linear(f"{name}.affine", c)[:, :, None, None]))
+        x = x if sized is F.silu else sized(x)
+        x = conv(f"{name}.skip", x) if f"{name}.skip.weight" in w else x
+        x = (conv(f"{name}.conv1", h) + x) / math.sqrt(2)
+        if f"{name}.qkv.weight" in w:
+            q, k, v = conv(f"{name}.qkv", norm(f"{name}.norm2", x)).flatten(2).chunk(3, 1)
+            p = (q.mT @ k / q.shape[1] ** 0.5).softmax(-1)  # (B, H W, H W)
             x = (x + conv(f"{name}.proj", (v @ p.mT).view(x.shape))) / math.sqrt(2)
         return x
 
     frequencies = torch.from_numpy(10000 ** (-np.arange(128) / 127))
     angles = torch.stack([t, t - r], 1)[..., None] * frequencies  # (B, 2, 128)
-    waves = torch.cat([angles.sin(), angles.cos()], -1).flatten(1)
-    c = waves + y[:, 1:] @ w["augment_embed.weight"].T
-    c = c + w["label_embed.weight"][y[:, 0].long()]
-    c = F.silu(linear("time_embed.2", F.silu(linear("time_embed.0", c))))
-    h = [conv("conv_in", z)]
-    for number, (attention, how) in enumerate(
-        [(0, None)] * 2 + [(0, "down")] + [(1, None)] * 2 + [(0, "down")] + [(0, None)] * 2
+    c = torch.cat([angles.sin(), angles.cos()], -1).flatten(1) + label
+    if augmentation is not None:
+        c = c + augmentation @ w["map_augment.weight"].T
+    c = F.silu(linear("map_layer1", F.silu(linear("map_layer0", c))))
+    x, skips = z, []
+    for name in dict.fromkeys(
+        ".".join(key.split(".")[:2]) for key in w if key[:3] in ("enc", "dec")
     ):
-        h.append(block(number, h[-1], c, attention=attention, how=how))
-    x = block(9, block(8, h[-1], c, attention=True), c)
-    for first, last in [(10, 12), (13, 16), (17, 20)]:
-        for number in range(first, last + 1):
-            if number in (13, 17):
-                x = block(number, x, c, how="up")
-            else:
-                x = block(number, torch.cat([x, h.pop()], 1), c, attention=number == 16)
-    assert not h
-    return conv("conv_out", F.silu(norm("norm_out", x)))
+        if "aux_norm" in name:
+            x = F.silu(norm(name, x))
+        elif name.endswith("_conv"):
+            x = conv(name, x)
+        else:
+            wider = name.startswith("dec") and len(w[f"{name}.norm0.weight"]) > x.shape[1]
+            x = block(name, torch.cat([x, skips.pop()], 1) if wider else x, c)
+        skips += [x] * name.startswith("enc")
+    assert not skips
+    return x
 
 
 def test_the_unet_is_the_papers():
@@ -810,17 +857,36 @@ def test_the_unet_is_the_papers():
     assert 5e-6 < u.std() < 1.5e-5
 
 
-def test_the_unet_equals_its_formulas():
-    net = small_unet(classes=5).eval()
+@pytest.mark.parametrize("depth", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_the_unet_is_py_meanflows_and_reads_its_files(tmp_path, monkeypatch, depth):
+    """Of its three averages the one of its demo; at full depth all 417 tensors of its file."""
+    monkeypatch.setitem(UNETS, "unet", (depth, 128))
+    size, state = 8 if depth == 1 else 32, {}
+    for seed, front in enumerate(("net.", "net_ema.", "net_ema1.", "net_ema2.")):
+        w = song_weights(size, depth, seed=seed)
+        state |= {front + name: value for name, value in w.items()}
+    torch.save({"model": state, "epoch": 1, "args": argparse.Namespace(lr=1)}, tmp_path / "c.pth")
+    w = {k.removeprefix("net_ema1."): v.double() for k, v in state.items() if "net_ema1." in k}
+    assert depth == 1 or len([name for name in w if "resample_filter" not in name]) == 417
+    net, found = load(tmp_path / "c.pth")
+    assert "model.net_ema1 of model.net, model.net_ema, model.net_ema1" in found["note"]
+    assert found["meta"] == dict(
+        shape=[3, size, size], classes=[], source="", vae=None, scale=1 / 127.5, shift=-1.0
+    )
     g = torch.Generator().manual_seed(0)
-    z, y = torch.randn(3, 3, 8, 8, generator=g).double(), torch.randn(3, 7, generator=g).double()
-    r, t, y[:, 0] = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.9, 0.5, 0.3]), torch.arange(3)
+    z, y = torch.randn(2, 3, size, size, generator=g).double(), torch.randn(2, 7, generator=g)
+    r, t = torch.tensor([0.1, 0.3]).double(), torch.tensor([0.9, 0.3]).double()
+    net = net.double()
     with torch.no_grad():
-        r, t = r.double(), t.double()
-        ours, theirs = net(z, r, t, y), unet_of_the_paper(net, z, r, t, y)
-        assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
-        y[:, 1:] = 0
-        assert_close(net(z, r, t, y), net(z, r, t, y[:, 0].long()))
+        theirs = song_unet(w, z, r, t, y[:, 1:].double())
+        assert_close(net(z, r, t, y.double()), theirs, rtol=1e-12, atol=1e-12)
+        assert_close(net(z, r, t, None), song_unet(w, z, r, t), rtol=1e-12, atol=1e-12)
+        # With classes, the label's embedding is added to the times'.
+        classes = build("unet", found["meta"] | dict(classes=range(5))).double().eval()
+        classes.load_state_dict(net.state_dict(), strict=False)
+        label = classes.label_embed.weight[[2, 5]]
+        theirs = song_unet(w, z, r, t, label=label)
+        assert_close(classes(z, r, t, torch.tensor([2, 5])), theirs, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.slow
@@ -1141,7 +1207,11 @@ def test_weights_must_fit_without_gap_or_remainder(tmp_path):
         ({key: w for key, w in state.items() if key != name}, f"lacks 1 weights, {name}"),
         (state | {"extra": torch.zeros(1)}, "has unknown 1 weights, extra"),
         (state | {name: torch.zeros(3)}, f"has misshapen 1 weights, {name}"),
-        ({"encoder.down.0.block.0.conv1.weight": torch.zeros(1)}, "no VAE with diffusers' names"),
+        (
+            {"encoder.conv_in.weight": torch.zeros(1)},
+            "has encoder.conv_in.weight, ... but no decod",
+        ),
+        ({"first_stage_model.decoder.conv_in.weight": torch.zeros(1)}, "no VAE with diffusers'"),
     ]:
         torch.save(wrong, file)
         with pytest.raises(SystemExit, match=f"vae.pt .*{words}"):
@@ -1152,10 +1222,16 @@ def test_safetensors_are_read_as_their_own_library_wrote_them(tmp_path):
     path = tmp_path / "a.safetensors"
     tensors = {"half": torch.randn(3, 5).half(), "brain": torch.randn(7).bfloat16()}
     tensors |= {"int": torch.arange(6).view(2, 3), "one": torch.ones(())}
-    pytest.importorskip("safetensors.torch").save_file(tensors, path, metadata={"format": "pt"})
+    others = {
+        "none": torch.ones(0, 3),
+        "eight": torch.ones(2).to(torch.float8_e4m3fn),
+        "short": torch.ones(3).short(),
+    }
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(tensors | others, tmp_path / "B.SafeTensors")
+    assert load_file(tmp_path / "B.SafeTensors").keys() == tensors.keys()  # without the others
+    save_file(tensors, path, metadata={"format": "pt"})
     assert_close(load_file(path), tensors, rtol=0, atol=0)
-    nested = {"model": "B/4", "state_dict": tensors}
-    assert weights_in(nested).keys() == tensors.keys()
     whole = path.read_bytes()
     for wrong in (whole[:-1], whole[:40], b"", whole[8:], whole.replace(b"[48,52]", b"[-8,-4]")):
         path.write_bytes(wrong)
@@ -1278,15 +1354,15 @@ def test_pictures_without_classes_train_without_guidance_and_are_drawn(tmp_path,
 PUBLIC = {  # the time embedders' names, and what they are told
     "t,t-r": {"t_embedder": lambda r, t: t, "h_embedder": lambda r, t: t - r},
     "t,t-r again": {"t_embedder": lambda r, t: t, "r_embedder": lambda r, t: t - r},
-    "t,r": {"noise_labels_embedder": lambda r, t: t, "noise_labels_next_embedder": lambda r, t: r},
     "SiT": {"t_embedder": lambda r, t: 1 - t},
+    "SiT without variance": {"t_embedder": lambda r, t: 1 - t},
 }
 
 
 def public_weights(kind, model, channels=4, size=32, classes=1000):
     """Random weights of a network of the papers, under the names and shapes of public files."""
     (depth, width, _, patch), g, state = CONFIGS[model], torch.Generator().manual_seed(0), {}
-    outputs = channels * patch**2 * (2 if kind == "SiT" else 1)
+    outputs = channels * patch**2 * (2 if kind == "SiT" else 1)  # its variance is learned
     shapes = {"x_embedder.proj": (width, channels, patch, patch)}
     for name in PUBLIC[kind]:
         shapes |= {f"{name}.mlp.0": (width, 256), f"{name}.mlp.2": (width, width)}
@@ -1355,11 +1431,10 @@ def test_public_weights_give_what_their_own_code_computes(tmp_path, kind, model,
             ours = net(z, r, t, y)
     finally:
         torch.set_default_dtype(torch.float32)
-    expected = (model, "t,r" if kind == "t,r" else "t,t-r")
-    assert (found["args"]["model"], found["args"]["conditioning"]) == expected
+    assert found["args"] == dict(model=model, conditioning="t,t-r")
     assert found["meta"]["shape"] == [4, 32, 32]
     assert len(found["meta"]["classes"]) == 1000
-    error = (ours - (-theirs if kind == "SiT" else theirs)).norm() / theirs.norm()
+    error = (ours - (-theirs if "SiT" in kind else theirs)).norm() / theirs.norm()
     assert error < (1e-12 if dtype == torch.float64 else 1e-5)
 
 
@@ -1408,21 +1483,122 @@ def predicts_its_input(state):
     ("kind", "change", "words"),
     [
         ("SiT", lambda s: without(s, "blocks.3."), "no --model has 3 blocks of width 128"),
-        ("t,r", lambda s: without(s, "next"), "lacks 4 weights, time_embed.1.mlp.0.bias"),
+        ("t,t-r", lambda s: without(s, "h_embedder.mlp.2"), "lacks 2 weights, time_embed.1.mlp.2"),
         ("t,t-r", lambda s: without(s, "blocks.1.attn"), "lacks 4 weights, blocks.1.attn"),
-        ("t,t-r", lambda s: without(s, "x_embedder"), "KeyError('patch_embed.weight')"),
-        ("t,t-r", lambda s: s | {"q_norm": s["pos_embed"]}, "unknown 1 weights, q_norm"),
+        ("t,t-r", lambda s: {"a": without(s, "x_embedder")}, "a.pos_embed, ... but no x_emb"),
+        (
+            "t,t-r",
+            lambda s: without(s, "x_embedder"),
+            "but no x_embedder.proj.weight or map_layer0",
+        ),
+        ("t,t-r", lambda s: without(s, "pos_embed"), "KeyError('pos_embed')"),
+        ("t,t-r", lambda s: s | {"q_norm": s["pos_embed"]}, "has unknown 1 weights, q_norm"),
+        (
+            "t,t-r",
+            lambda s: s | {"noise_labels_embedder.mlp.0.bias": s["pos_embed"]},
+            "alphaflow's",
+        ),
         ("SiT", predicts_its_input, "predicts the noise, as DiT does"),
         (
             "SiT",
             lambda s: s | {"x_embedder.proj.weight": torch.zeros(128, 1, 2, 2)},
             "patches of 2",
         ),
+        ("SiT", lambda s: {f"{n}.{k}": v for n in "ab" for k, v in s.items()}, "no average: a, b"),
     ],
 )
 def test_public_weights_that_do_not_fit_are_refused(tmp_path, capsys, kind, change, words):
     torch.save(change(public_weights(kind, "tiny", 1, 16, 10)), tmp_path / "public.pt")
     refusal(capsys, 1, words, sample, tmp_path / "public.pt", "--out", tmp_path / "x.png")
+
+
+NESTED = {  # of weights w and their average a: what training scripts save, and what the note says
+    "plain": (lambda w, a: a, "no average found"),
+    "ema": (lambda w, a: {"model": w, "ema": a, "opt": {"state": {0: {"exp_avg": 1}}}}, "ema"),
+    "model_ema": (lambda w, a: {"model": w, "model_ema": a}, "model_ema"),
+    "ema_state_dict": (lambda w, a: {"state_dict": w, "ema_state_dict": a}, "ema_state_dict"),
+    "shadow": (lambda w, a: {"net": w, "ema": {"decay": 0.99, "shadow": a}}, "ema.shadow"),
+    "one dict": (
+        lambda w, a: {"state_dict": {"net." + k: v for k, v in w.items()}
+                      | {"ema_model." + k: v for k, v in a.items()}},
+        "state_dict.ema_model",
+    ),
+    "AveragedModel": (
+        lambda w, a: {"a": w, "b": {"n_averaged": torch.tensor(3)}
+                      | {"module." + k: v for k, v in a.items()}},
+        "(average)",
+    ),
+    "none": (lambda w, a: {"model": a, "ema": None, "shadow_params": [*w.values()]}, " (no aver"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "front", ["", "module.", "_orig_mod.module.", "model._orig_mod.", "inside"]
+)
+@pytest.mark.parametrize("nested", NESTED)
+def test_the_average_is_found_in_any_wrapping(tmp_path, front, nested):
+    plain = public_weights("t,t-r", "tiny", 1, 16, 10)
+    if front == "inside":  # a compiled block
+        wrapped = {name.replace("blocks.0.", "blocks.0._orig_mod."): w for name, w in plain.items()}
+    else:
+        wrapped = {front + name: w for name, w in plain.items()}
+    wrap, words = NESTED[nested]
+    torch.save(wrap({name: 0 * w for name, w in wrapped.items()}, wrapped), tmp_path / "x.pt")
+    net, found = load(tmp_path / "x.pt")
+    torch.save(plain, tmp_path / "plain.pt")
+    assert_close(net.state_dict(), load(tmp_path / "plain.pt")[0].state_dict(), rtol=0, atol=0)
+    assert words in found["note"].split("weights: ")[1]
+
+
+class Config:
+    """What a training script may save beside its weights."""
+
+    def __init__(self):
+        self.options = collections.defaultdict(list, lr=[1e-4])
+
+
+class Names(list):
+    """A list of another type, which torch does not read."""
+
+
+class Payload:
+    """Runs a command where it is unpickled as pickle does."""
+
+    def __init__(self, function, *args):
+        self.call = function, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_no_code_in_a_file_is_executed_and_weights_are_read_beside_it(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    state = public_weights("t,t-r", "tiny", 1, 16, 10)
+    beside = [argparse.Namespace(lr=1), np.float64(1), np.random.get_state(), Path("a"), Config()]
+    beside += [collections.defaultdict(dict, a={}), Payload(eval, "open('trace', 'w')")]
+    for value in beside:
+        torch.save({"ema": state, "beside": value}, "x.pt")
+        assert load("x.pt")[1]["note"].endswith("weights: ema")
+    run_command, tensors = (
+        Payload(os.system, "touch trace"),
+        {"epoch": 1, "model": {}, "ema": state},
+    )
+    read = 'torch.save(torch.load("x.pt", weights_only=False)["ema"], "new.pt")'
+    for value in (run_command, Names("ab")):
+        torch.save(tensors | {"beside": value}, "x.pt")
+        words = (
+            f"more than tensors (model, ema, beside); if you trust it, read the new.pt of {read}"
+        )
+        refusal(capsys, 1, words, sample, "x.pt", "--out", "x.png")
+    exec(read)  # the advice, with the list
+    assert_close(load_file("new.pt"), state, rtol=0, atol=0)
+    torch.save([run_command], "x.pt")
+    refusal(capsys, 1, "more than tensors (unreadable)", sample, "x.pt", "--out", "x.png")
+    assert not Path("trace").exists()
+    torch.load("x.pt", weights_only=False)
+    assert Path("trace").exists()  # so the payload works
 
 
 def test_an_exported_network_draws_and_starts_like_its_checkpoint(checkpoint, glyphs, tmp_path):
@@ -1624,6 +1800,9 @@ def bad_input(tmp_path_factory, glyphs, checkpoint, inception):
         os.truncate("half/last.pt", os.stat("half/last.pt").st_size - 1000)
         Path("last.pt").symlink_to(checkpoint)
         torch.save(torch.load(checkpoint) | {"format": 1}, "older.pt")
+        Path("exported").mkdir()
+        torch.save(exported(torch.load(checkpoint)), "exported/last.pt")
+        torch.save(public_weights("SiT", "tiny", 1, 16, 5), "five.pt")
         Path("inception.pth").symlink_to(inception)
         random_vae("vae.pt")
         for name in ("images/a/1.png", "mixed/a/1.png", "mixed/2.png", "broken/3.png"):
@@ -1653,6 +1832,9 @@ BAD_INPUT = [
     (1, "train --init-from last.pt --conditioning t,r", "last.pt has --conditioning t"),
     (1, "train --init-from last.pt --model S/4", "last.pt has --model tiny"),
     (1, "train --init-from nothing.pt", "nothing.pt: No such file"),
+    (1, "train --init-from five.pt", "five.pt has the number of classes 5, and this run 10"),
+    (1, "train --out exported", "exported/last.pt holds only the network: name it as --init-from"),
+    (2, "sample last.pt --export last.pt", "--export last.pt would overwrite the checkpoint"),
     (2, "prepare_latents nowhere --out x", "nowhere is no folder"),
     (2, "prepare_latents good --out x", "good is a dataset already"),
     (2, "prepare_latents glyphs --flip --out x", "are not for glyphs"),

@@ -44,8 +44,7 @@ import fid
 import meanflow
 import schedules
 from model import (
-    CHECKPOINT_FORMAT, CONDITIONINGS, CONFIGS, UNETS, build, fail, load_strictly, read_checkpoint,
-    read_network,
+    CHECKPOINT_FORMAT, CONDITIONINGS, CONFIGS, UNETS, build, fail, load, read_checkpoint,
 )  # fmt: skip
 from prepare_latents import (
     Dataset, Progress, augment, join_ranks, leave_ranks, load_vae, lock, network_input,
@@ -423,6 +422,8 @@ class Split:
 def read_last(path, args, meta, steps):
     """The run's last checkpoint; ends the script where another command made it."""
     saved = read_checkpoint(path)
+    if "optimizer" not in saved:
+        fail(f"{path} holds only the network: name it as --init-from, and another --out")
     for name, was in saved["args"].items():
         if name not in MAY_CHANGE and (now := getattr(args, name, was)) != was:
             flag = f"--{name.replace('_', '-')} {now}"
@@ -447,21 +448,25 @@ def build_schedule(args, steps):
 
 
 def build_network(args, meta, saved, say):
-    """The network of --model; in a new run, with the weights of --init-from."""
+    """The network of --model, or in a new run that of --init-from, if it is the same."""
+    if args.init_from and not saved:
+        net, given = load(args.init_from, args.conditioning)
+        sizes, (one, other) = CONFIGS | UNETS, (given["meta"], meta)
+        for what, theirs, ours in [
+            ("--model", given["args"]["model"], args.model),  # XL/2 and XL/2+ are one network
+            ("--conditioning", given["args"]["conditioning"], args.conditioning),
+            ("the number of classes", len(one["classes"]), len(other["classes"])),
+            ("pictures", str(one["shape"]), str(other["shape"])),
+        ]:
+            if sizes.get(theirs, theirs) != sizes.get(ours, ours):
+                fail(f"--init-from {args.init_from} has {what} {theirs}, and this run {ours}")
+        say(given.get("note", f"from the EMA of {args.init_from} at step {given['step']:,}"))
+        return net.train()
     try:
         with torch.device("meta") if args.dry_run else nullcontext():
-            net = build(args.model, meta, args.conditioning)
+            return build(args.model, meta, args.conditioning)
     except ValueError as error:
         fail(f"--model {args.model}: {error}")
-    if args.init_from and not saved:
-        given = read_network(args.init_from, args.conditioning)
-        sizes = CONFIGS | UNETS  # XL/2 and XL/2+ are one network
-        for name, ours in [("model", args.model), ("conditioning", args.conditioning)]:
-            if sizes.get(theirs := given["args"][name], theirs) != sizes.get(ours, ours):
-                fail(f"--init-from {args.init_from} has --{name} {theirs}")
-        load_strictly(net, given["ema"], args.init_from)
-        say(given.get("note", f"from the EMA of {args.init_from} at step {given['step']:,}"))
-    return net
 
 
 def distributed(net, shape):
