@@ -1,4 +1,4 @@
-"""Fréchet Inception distance (arXiv 1706.08500) and Inception score (arXiv 1606.03498).
+"""Frechet Inception distance (arXiv 1706.08500) and Inception score (arXiv 1606.03498).
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --inception FILE
     python fid.py IMAGES --crop 256 --inception FILE --save imagenet256.npz      statistics only
@@ -23,7 +23,7 @@ from torch import nn
 from model import fail, load_file, load_strictly, weights_in
 from prepare_latents import (
     Dataset, Progress, batches_of, default_workers, image_files, join_ranks, leave_ranks,
-    read_image, reading, replace_file,
+    read_image, reading, replace_file, run_script,
 )  # fmt: skip
 
 FEATURES, CLASSES = 2048, 1008
@@ -259,7 +259,8 @@ class Pictures:
                 fail(f"{path} holds latents; name the folder of images it was made from")
             self.images, self.rows = data.images, data.rows
         else:
-            self.rows = self.files = image_files(path)
+            self.files, _ = image_files(path)
+            self.rows = self.files
         if len(self.rows) < 2:
             fail(f"{path} holds {len(self.rows)} images; statistics need at least 2")
 
@@ -315,8 +316,8 @@ def parse_args(argv=None):
             parser.error(f"{path} does not exist, or is neither an .npz nor a folder")
     if args.save and (args.save.suffix != ".npz" or not args.save.parent.is_dir()):
         parser.error(f"--save {args.save}: name an .npz in a directory that exists")
-    if args.save and args.save.resolve() in map(Path.resolve, args.paths):
-        parser.error(f"--save {args.save} would overwrite an input")
+    if args.save and args.save.exists():
+        parser.error(f"--save {args.save} exists; name another")
     if args.crop and all(path.is_file() or (path / "meta.json").exists() for path in args.paths):
         parser.error("--crop is for folders of images")
     return args
@@ -345,4 +346,4 @@ def main(args):
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -228,7 +228,7 @@ class UNetBlock(nn.Module):
         x = (h + self.skip(self.resample(x))) * 0.5**0.5
         if not self.attention:
             return x
-        h = self.qkv(self.norm3(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1, H W, 3 C)
+        h = self.qkv(self.norm3(x)).flatten(2).transpose(1, 2)[:, None].contiguous()
         h = F.scaled_dot_product_attention(*h.chunk(3, -1)).flatten(1, 2)  # (B, H W, C)
         h = self.proj(h.transpose(1, 2).unflatten(2, x.shape[2:]))  # (B, C, H, W)
         return (x + h) * 0.5**0.5  # x first: torch.func.jvp needs its memory layout
@@ -373,38 +373,44 @@ PIXELS = dict(vae=None, scale=1 / 127.5, shift=-1.0)
 LATENTS = dict(vae="unknown", scale=LATENT_SCALE, shift=0.0)
 SAFETENSORS = dict(F64=torch.float64, F32=torch.float32, F16=torch.float16, BF16=torch.bfloat16)
 SAFETENSORS |= dict(I64=torch.int64, I32=torch.int32, U8=torch.uint8, BOOL=torch.bool)
-# Names in public weights, which follow DiT's code, and ours.
+# Names in public weights, which follow DiT's code, and ours; names of py-meanflow's U-Net.
 DIT_NAMES = {
     "t_embedder": "time_embed.0", "h_embedder": "time_embed.1", "r_embedder": "time_embed.1",
     "x_embedder.proj": "patch_embed", "y_embedder.embedding_table": "label_embed",
     "mlp.fc1": "mlp.0", "mlp.fc2": "mlp.2", "adaLN_modulation": "adaln", "final_layer": "final",
 }  # fmt: skip
-AVERAGE = re.compile(r"(?:^|[._(])(?:ema|shadow|swa|average|avg)")  # in the name of an entry
-WRAPPER = re.compile(r"\b_(orig_mod|\w+_wrapped_module)\.")  # of torch, in the name of a weight
+UNET_NAME = re.compile(r"(?:(enc|dec)\.(\d+)x\d+_)?([a-z_]+)(\d*)\.(?:(\w+)\.)?(weight|bias)")
+# What names of entries say that hold averages, and what torch's wrappers add to those of weights.
+AVERAGE = re.compile(r"(?<![a-z])(?:ema|EMA|shadow|swa|average|(?<!exp_)avg)(?![a-z])")
+WRAPPER = re.compile(r"\b_(orig_mod|\w+_wrapped_module)\.")
 
 
 def load(path, conditioning="t,t-r"):
     """(EMA network on the CPU, its checkpoint), of train.py, --export or public weights.
 
-    Public weights give a dict with the keys of a checkpoint. `conditioning` is for those of flow
-    matching, which can take any. Ends the script where a file does not fit.
+    Public weights give a dict with the keys of a checkpoint. Those of flow matching, which know t
+    alone, take the `conditioning` asked for. Ends the script where a file does not fit.
     """
-    found = load_file(path)
-    if {"ema", "meta"} <= found.keys():
-        checkpoint = read_checkpoint(path)
-    else:
-        state, entry = weights_in(found, path, "x_embedder.proj.weight", "map_layer0.weight")
-        convert = from_unet if "map_layer0.weight" in state else from_dit
-        kind, args, meta, ours = convert(state, path, conditioning)
-        note = f"note: {path} is taken for {kind}: {args['model']}, conditioned on "
-        note += f"{args['conditioning']}; weights: {entry}"
-        checkpoint = dict(ema=ours, args=args, meta=meta, step=0, note=note)
+    checkpoint = load_file(path)
     try:
+        if ours := {"ema", "meta"} <= checkpoint.keys():
+            checkpoint = read_checkpoint(path)
+        else:
+            state, entry = weights_in(
+                checkpoint, path, "x_embedder.proj.weight", "map_layer0.weight"
+            )
+            convert = from_unet if "map_layer0.weight" in state else from_dit
+            kind, args, meta, state = convert(state, path, conditioning)
+            note = f"note: {path} is taken for {kind}: {args['model']}, conditioned on "
+            note += f"{args['conditioning']}; weights: {entry}"
+            checkpoint = dict(ema=state, args=args, meta=meta, step=0, note=note)
         args = checkpoint["args"]
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
-    except (KeyError, ValueError) as error:
-        fail(f"{path}: model.py has no such network ({error!r})")
-    load_strictly(net, checkpoint["ema"], path)
+        load_strictly(net, checkpoint["ema"], path)
+        if not ours and kind.startswith("SiT") and predicts_noise(net):
+            fail(f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does")
+    except Exception as error:  # what a file lacks shows in many ways
+        fail(f"{path}: model.py has no network with such weights ({error!r:.200})")
     return net.eval(), checkpoint
 
 
@@ -425,7 +431,6 @@ def exported(checkpoint):
     return kept | dict(args=args, format=CHECKPOINT_FORMAT)
 
 
-@torch.no_grad()
 def from_dit(state, path, conditioning):
     """(what it is, args, meta, weights), as in a checkpoint, of public weights under DiT's names.
 
@@ -441,18 +446,15 @@ def from_dit(state, path, conditioning):
         for theirs, our in DIT_NAMES.items():
             name = name.replace(theirs, our)
         ours[name] = value
-    try:
-        width, channels, patch, _ = ours["patch_embed.weight"].shape
-        ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
-        ours["pos_embed"] = ours["pos_embed"].squeeze(0)
-        size = patch * math.isqrt(len(ours["pos_embed"]))
-        classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
-        sit, of_times = "time_embed.1.mlp.0.weight" not in ours, ours["time_embed.0.mlp.0.weight"]
-        for name in ("final.linear.weight", "final.linear.bias"):
-            rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
-            ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
-    except (KeyError, ValueError, RuntimeError) as error:
-        fail(f"{path} has not the names or shapes of DiT's weights ({error!r})")
+    width, channels, patch, _ = ours["patch_embed.weight"].shape
+    ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
+    ours["pos_embed"] = ours["pos_embed"].squeeze(0)
+    size = patch * math.isqrt(len(ours["pos_embed"]))
+    classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
+    sit = "time_embed.1.mlp.0.weight" not in ours
+    for name in ("final.linear.weight", "final.linear.bias"):
+        rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
+        ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
     depth = len({name.split(".")[1] for name in ours if name.startswith("blocks.")})
     names = [name for name, (d, w, _, p) in CONFIGS.items() if (d, w, p) == (depth, width, patch)]
     if not names:
@@ -464,48 +466,62 @@ def from_dit(state, path, conditioning):
 
     if not conditioning.startswith("t,"):
         fail(f"--conditioning {conditioning}: {path} is conditioned on t")
+    for i in range(1, len(CONDITIONINGS[conditioning](0, 0))):
+        for part in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"):
+            of_t = ours[f"time_embed.0.{part}"]
+            ours[f"time_embed.{i}.{part}"] = of_t * 0 if "2" in part else of_t
     # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
-    of_cos, of_sin = of_times.double().chunk(2, dim=1)
+    of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
     cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
     rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
     ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
-    net = build(names[0], meta, conditioning)
-    for embed in net.time_embed[1:]:
-        nn.init.zeros_(embed.mlp[2].weight)
-    ours = {k: v for k, v in net.state_dict().items() if k.startswith("time_embed")} | ours
-    load_strictly(net, ours, path)
-    # DiT has the same names and shapes, but finds the noise of its steps up to 999.
-    z = torch.randn(1, *meta["shape"], generator=torch.Generator().manual_seed(0))
-    step, null = torch.full((1,), 1.0 - 999), torch.tensor([classes])
-    if F.cosine_similarity(-net(z, step, step, null).flatten(), z.flatten(), dim=0) > 0.5:
-        fail(f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does")
     return "SiT's velocity", dict(model=names[0], conditioning=conditioning), meta, ours
+
+
+@torch.no_grad()
+def predicts_noise(net):
+    """Whether it is DiT's: as SiT's it has the same names, but finds the noise of step 999."""
+    z = torch.randn(1, net.channels, net.size, net.size, generator=torch.Generator().manual_seed(0))
+    step, null = torch.full((1,), 1.0 - 999), torch.tensor([net.null_label])
+    return F.cosine_similarity(-net(z, step, step, null).flatten(), z.flatten(), dim=0) > 0.5
 
 
 def from_unet(state, path, conditioning):
     """Like `from_dit`, of py-meanflow's network for CIFAR-10: EDM's U-Net with two times.
 
-    As torch saves it, its weights come in the order of ours, but for those of the augmentation.
+    Its weights come in the order of ours, sorted by their names: the encoder's from the largest
+    size to the smallest, the decoder's back. The filters are the same.
     """
-    filters = [state.pop(name) for name in [*state] if name.endswith("resample_filter")]
-    sizes = [int(found[1]) for name in state if (found := re.match(r"enc\.(\d+)x", name))]
-    size = max(sizes, default=0)
+    blocks = ["map_layer", "conv", "in", "up", "down", "block", "aux_norm", "aux_conv"]
+    parts = ["", "norm0", "conv0", "affine", "norm1", "conv1", "skip", "norm2", "qkv", "proj"]
+
+    def place(name):
+        half, size, block, number, part, kind = UNET_NAME.fullmatch(name).groups("")
+        size = int(size or 0) * (1 if half == "dec" else -1)
+        half, block, part = ["", "enc", "dec"].index(half), blocks.index(block), parts.index(part)
+        return half, size, block, number, part, kind == "bias"
+
+    ours = {"augment_embed.weight": state.pop("map_augment.weight", torch.zeros(512, 6))}
+    theirs = [name for name in state if not name.endswith("resample_filter")]
+    if odd := [name for name in theirs if not UNET_NAME.fullmatch(name)]:
+        fail(f"{path} has {odd[0]}, which is not in py-meanflow's U-Net")
+    size = max(map(int, re.findall(r"(\d+)x", " ".join(theirs))))
     meta = dict(shape=[3, size, size], classes=[], source="") | PIXELS
     weights = build("unet", meta).state_dict()
-    kernels = [name for name in weights if name.endswith("kernel")]
-    ours = {name: f * weights[name].sum() for name, f in zip(kernels, filters[::2], strict=False)}
-    ours["augment_embed.weight"] = state.pop("map_augment.weight", torch.zeros(512, 6))
-    names = [name for name in weights if name not in {*kernels, *ours}]
-    if len(names) != len(state):
-        fail(f"{path} has {len(state)} weights, and py-meanflow's U-Net {len(names)}")
-    ours |= zip(names, state.values(), strict=True)
+    ours |= {name: weight for name, weight in weights.items() if name.endswith("kernel")}
+    names = [name for name in weights if name not in ours]
+    if len(names) != len(theirs):
+        fail(f"{path} has {len(theirs)} weights, and py-meanflow's U-Net {len(names)}")
+    pairs = zip(names, sorted(theirs, key=place), strict=True)
+    ours |= {name: state[their] for name, their in pairs}
     return "MeanFlow's", dict(model="unet", conditioning="t,t-r"), meta, ours
 
 
 class Skipped(dict):
-    """Stands in for any object in a file but tensors and plain data: it is not made or called."""
+    """Stands in for any object in a file that is not a tensor or plain data; nothing is called."""
 
     __init__ = __setstate__ = append = extend = lambda *_: None
+    __hash__ = object.__hash__
 
 
 def load_file(path):
@@ -513,36 +529,35 @@ def load_file(path):
     try:
         if Path(path).suffix.lower() == ".safetensors":
             return read_safetensors(path)
-        zipped = zipfile.is_zipfile(path)  # files from before torch 1.6 are not: FID's Inception
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(path) if zipped else []
+        names, zipped = ["argparse.Namespace"], zipfile.is_zipfile(path)  # not before torch 1.6
+        if zipped:
+            names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         known = {"collections.defaultdict": lambda *_: {}}
         with torch.serialization.safe_globals([(known.get(n, Skipped), n) for n in names]):
             return {**torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)}
     except OSError as error:
         fail(f"{path}: {error.strerror or error}")
     except pickle.UnpicklingError:
-        entries, read = entries_of(path), f'torch.load("{path}", weights_only=False)'
-        read += (
-            f'["{max(entries, key=lambda entry: len(AVERAGE.findall(entry)))}"]' if entries else ""
-        )
-        fail(
-            f"{path} is damaged, or more than tensors ({', '.join(entries) or 'unreadable'}); if "
-            f'you trust it, read the new.pt of torch.save({read}, "new.pt")'
-        )
+        fail(f"{path} is damaged, or more than tensors{advice(path)}")
     except Exception as error:  # torch.load alone raises a dozen kinds for a damaged file
         fail(f"{path} is no whole file of weights ({error!r:.300})")
 
 
-def entries_of(path):
-    """Names of the dicts in a file of torch.save, read with a stand-in for every other object."""
-    stand_ins = dict(find_class=lambda *_: Skipped, persistent_load=lambda *_: Skipped())
+def advice(path):
+    """For a file of torch.save that load_file refuses: its entries, and how to get at the dicts."""
+    find = lambda _, module, name: dict if name == "OrderedDict" else Skipped  # noqa: E731
+    stand_ins = dict(find_class=find, persistent_load=lambda *_: Skipped())
     try:
         with zipfile.ZipFile(path) as file:
-            (pickled,) = (name for name in file.namelist() if name.endswith("data.pkl"))
+            (pickled,) = (name for name in file.namelist() if name.endswith("/data.pkl"))
             found = type("", (pickle.Unpickler,), stand_ins)(file.open(pickled)).load()
-        return [str(name) for name, value in found.items() if isinstance(value, dict)]
-    except Exception:  # not a zip file, or damaged
-        return []
+        kept = [name for name, value in found.items() if type(value) is dict]
+    except Exception:  # not a zip file, or damaged, or no dict
+        return ""
+    way = f"torch.load({str(path)!r}, weights_only=False)"
+    way = f"{{k: {way}[k] for k in {kept}}}" if kept else f"dict({way})"
+    entries = ", ".join(map(str, [*found][:9]))
+    return f' ({entries}); if you trust it, read the new.pt of torch.save({way}, "new.pt")'
 
 
 def weights_in(found, path, *anchors):
@@ -552,29 +567,34 @@ def weights_in(found, path, *anchors):
     names (DDP's module., Lightning's model.) and what wrappers put inside is taken off. Of several
     sets of weights, as training scripts save them, it is the average.
     """
-    sets, dicts = {}, [("", found)]
-    for where, inner in dicts:  # grows meanwhile
-        dicts += [(f"{where}{name}.", v) for name, v in inner.items() if isinstance(v, dict)]
+    sets, dicts, entries = {}, [("", found)], {}
+    for where, inner in dicts:  # grows meanwhile, by the dicts inside but for optimisers
+        for name, value in inner.items():
+            entries[f"{where}{name}"] = value
+            if isinstance(value, dict) and not str(name).startswith("opt"):
+                dicts += [(f"{where}{name}.", value)] if len(dicts) < 1000 else []
         state = {WRAPPER.sub("", str(name)): v for name, v in inner.items() if torch.is_tensor(v)}
-        fronts = [name.removesuffix(a) for name in state for a in anchors if name.endswith(a)]
         counts = [name for name in state if name.endswith("n_averaged")]  # by AveragedModel
         averaged = tuple(name.removesuffix("n_averaged") + "module." for name in counts)
+        fronts = [name.removesuffix(a) for name in state for a in anchors if name.endswith(a)]
         for front in fronts:
             longer = tuple(other for other in fronts if len(other) > len(front))
             ours = [k for k in state if k.startswith(front) and not k.startswith(longer)]
             entry = (where + front).strip(".") + "(average)" * front.startswith(averaged)
-            sets[entry] = {k.removeprefix(front): state[k] for k in ours}
+            sets[entry or "all"] = {k.removeprefix(front): state[k] for k in ours}
     if not sets:
-        names = [where + str(name) for where, inner in dicts for name in inner]
-        fail(f"{path} has {', '.join(names[-3:]) or 'nothing'}, ... but no {' or '.join(anchors)}")
+        names = ", ".join(name for name, value in entries.items() if torch.is_tensor(value))
+        fail(f"{path} has {names[:99] or 'no tensor'} ... but no {' or '.join(anchors)}")
     # Of py-meanflow's three averages, the one its demo draws with.
     best = max(sets, key=lambda entry: (len(AVERAGE.findall(entry)), entry.endswith("ema1")))
-    found = ", ".join(sets)
     if AVERAGE.search(best):
-        return sets[best], best if best == found else f"{best} of {found}"
+        return sets[best], best if len(sets) == 1 else f"{best} of {', '.join(sets)}"
     if len(sets) > 1:
-        fail(f"{path} holds several networks and no average: {found}")
-    return sets[best], f"{best} (no average found)".lstrip()
+        fail(f"{path} holds several networks and no average: {', '.join(sets)}")
+    beside = (name for name, value in entries.items() if isinstance(value, (dict, list)))
+    unread = [name for name in beside if AVERAGE.search(name)]
+    lacks = f"the average {unread[0]} cannot be read" if unread else "no average found"
+    return sets[best], f"{best} ({lacks})"
 
 
 def read_safetensors(path):
@@ -587,7 +607,7 @@ def read_safetensors(path):
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in SAFETENSORS or begin == end:
-            continue  # networks here have none; one that did would lack it
+            continue  # no network here has such weights
         if not 0 <= begin <= end <= len(data):
             raise ValueError(f"{name} does not lie within the file")
         # Copied, since nothing aligns a tensor to its element size.
@@ -600,7 +620,8 @@ def load_strictly(net, state, path):
     """Every weight of `net` from `state` and nothing left over, else end the script."""
     ours = net.state_dict()
     lacking, unknown = ours.keys() - state.keys(), state.keys() - ours.keys()
-    other = {name for name in ours.keys() - lacking if ours[name].shape != state[name].shape}
+    kinds = [{k: (v.shape, v.is_floating_point()) for k, v in w.items()} for w in (ours, state)]
+    other = {k for k in ours.keys() & state.keys() if kinds[0][k] != kinds[1][k]}
     wrong = [(lacking, "lacks"), (unknown, "has unknown"), (other, "has misshapen")]
     if faults := [f"{fault} {len(names)} weights, {min(names)}" for names, fault in wrong if names]:
         fail(f"{path} {'; '.join(faults)}")

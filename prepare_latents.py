@@ -28,14 +28,15 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import sys
 import tarfile
 import time
 import zlib
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
@@ -45,7 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -56,8 +57,14 @@ from model import (
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
 HANGS_AFTER = 600  # seconds in which a process reads no batch
+MADE_HERE = "MeanFlow"  # in a PNG's text
 DRAFT = "unfinished.json"  # becomes meta.json when every row is written
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm"}
+IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+SYSTEM_NAMES = re.compile(r"[.@$#]|__MACOSX|lost\+found")  # of files and folders that are not yours
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or a PNG with a long text beside its pixels is refused
+# What turns a picture, by the orientation in its EXIF data, into what a viewer shows.
+TURNS = [None, None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"]
+TURNS += ["ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
 CIFAR_CLASSES += ["dog", "frog", "horse", "ship", "truck"]
 # Of the layers of attention, in older files with diffusers' names.
@@ -175,9 +182,10 @@ class DatasetWriter:
             if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
                 differs = f"--out {out} holds a dataset that differs in {', '.join(other)}"
                 fail(f"{differs}; remove it or name another")
-        elif (self.out / "images.npy").exists():
-            fail(f"--out {out} holds an images.npy without its meta.json; name another")
         else:
+            for name in ("images.npy", "labels.npy", "preview.png"):
+                if (self.out / name).exists():
+                    fail(f"--out {out} holds a {name} without its meta.json; name another")
             dtype, shape = meta["dtype"], stored_shape(meta)
             np.lib.format.open_memmap(self.out / "images.npy", "w+", dtype, shape)
             np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
@@ -229,10 +237,14 @@ def read_image(path, size=None):
     ValueError where it cannot be read. differs: ADM's code ignores the orientation in EXIF data.
     """
     try:
-        with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode == "F":
-                raise ValueError("floating-point pixels have no known range")
+        # Opened here: a TIFF that Pillow opens itself may be mapped, and then it is turned wrong.
+        with open(path, "rb") as file, Image.open(file) as image:
+            image.load()  # which turns a TIFF by itself
+            with suppress(Exception):  # the pixels may be whole where the EXIF data are not
+                turn = TURNS[image.getexif()[ExifTags.Base.Orientation]]
+                image = image.transpose(Image.Transpose[turn])
+            if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
+                raise ValueError("pixels of 32 bits, or with a sign, have no known range")
             if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             image = image.convert("RGB")  # drops transparency
@@ -246,6 +258,9 @@ def center_crop(image, size):
     """ADM's crop (arXiv 2105.05233): halve while twice too large, resize the short side, cut."""
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    # Of one longer than 16 : 1 only the middle is enlarged: all of 1 x 65,500 would take 14 GB.
+    left, top = (max(0, (side - 16 * min(image.size)) // 2) for side in image.size)
+    image = image.crop((left, top, image.width - left, image.height - top))
     scale = size / min(image.size)
     resized = tuple(round(side * scale) for side in image.size)
     image = image.resize(resized, Image.Resampling.BICUBIC)
@@ -254,11 +269,34 @@ def center_crop(image, size):
 
 
 def image_files(folder):
-    """The pictures in a folder and all its sub-folders, sorted; hidden ones are left out."""
-    walk = os.walk(folder, followlinks=True)
-    paths = sorted(Path(top, name) for top, _, names in walk for name in names)
-    paths = [path for path in paths if path.suffix.lower() in IMAGE_SUFFIXES]
-    return [path for path in paths if "/." not in f"/{path.relative_to(folder)}"]
+    """(the pictures in a folder and all its sub-folders, sorted; how much is left out, in words).
+
+    Read is what has a suffix that Pillow can open. Ends the script where a folder cannot be listed.
+    """
+
+    def refuse(error):
+        fail(f"{error.filename} cannot be listed: {error.strerror}")
+
+    paths, left_out = [], Counter()
+    for top, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        top, inside = Path(top), [*folders, *names]
+        if top.is_symlink() and top.parent.resolve().is_relative_to(top.resolve()):
+            fail(f"{top} is a link to a folder around it; remove it")
+        if top != Path(folder) and {DRAFT, "meta.json"} & {*names}:
+            left_out["datasets of this script"] += 1
+            folders.clear()
+            continue
+        folders[:] = [name for name in folders if not SYSTEM_NAMES.match(name)]
+        left_out["hidden or a system's"] += sum(map(bool, map(SYSTEM_NAMES.match, inside)))
+        left_out["empty folders"] += not inside
+        for path in (top / name for name in names if not SYSTEM_NAMES.match(name)):
+            if path.suffix.lower() in IMAGE_SUFFIXES:
+                paths.append(path)
+            elif path.exists():
+                left_out[path.suffix or "files without a suffix"] += 1
+            else:
+                fail(f"{path} is a link to what does not exist")
+    return sorted(paths), ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n)
 
 
 class ImageFolder:
@@ -269,7 +307,7 @@ class ImageFolder:
     """
 
     def __init__(self, root, size, unconditional=False):
-        paths = image_files(root)
+        paths, self.left_out = image_files(root)
         names = [path.relative_to(root).parts for path in paths]  # class, ..., picture
         flat = [name[0] for name in names if len(name) == 1]
         if not paths:
@@ -302,7 +340,10 @@ def posterior(vae, pixels, dtype):
     """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
     pixels = torch.from_numpy(pixels.copy()).to(vae.quant_conv.weight.device)
     mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
-    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
+    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy()
+    if np.isnan(rows).any():
+        fail("--vae gives latents that are not numbers: are its weights damaged?")
+    rows = rows.astype(dtype)
     if not np.isfinite(rows).all():
         fail(f"--vae gives latents that {dtype} cannot hold; pass --dtype float32")
     return rows
@@ -580,6 +621,9 @@ def main(args):
         return
     folder = ImageFolder(args.source, args.size, args.unconditional)
     count = len(folder.files)
+    if rank == 0:
+        left_out = f"; left out: {folder.left_out}" if folder.left_out else ""
+        print(f"{args.source}: {count:,} pictures of {len(folder.classes):,} classes{left_out}")
     meta = pixel_meta(
         count=count * (1 + args.flip), shape=[3, args.size, args.size], classes=folder.classes,
         mirrored=args.flip, files=folder.fingerprint, source=str(args.source),
@@ -612,6 +656,11 @@ def main(args):
                 if not args.skip_unreadable:
                     fail(f"{fault}; replace it or pass --skip-unreadable")
                 print(f"skipped: {fault}", file=sys.stderr)
+            if vae and batch[0] == 0:
+                spread = LATENT_SCALE * stored(pixels)[:, : vae.latent].std(dtype=np.float64)
+                print(
+                    f"{args.out}: latents have a standard deviation of {spread:.2f}; it should be 1"
+                )
             if args.flip:  # first: a label in the first half implies that both rows are written
                 background(writer.write, count + batch[0], stored(pixels[..., ::-1]), labels)
             background(writer.write, batch[0], stored(pixels), labels)
@@ -626,12 +675,28 @@ def main(args):
 # ---------------------------------------------------------------------------- shared by the scripts
 
 
+def run_script(main, args):
+    """main(args), but an error of the disk or the system ends the script with one line."""
+    try:
+        main(args)
+    except Exception as error:
+        cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
+        if not isinstance(cause, OSError):
+            raise
+        where = cause.filename or vars(args).get("out") or vars(args).get("save")
+        fail(f"{where}: {cause.strerror or cause}")
+
+
 def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the slowest
     """(rank, world, device) of this process: alone, or one of torchrun's, each with its own GPU."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+        fail(f"torch {torch.__version__}: 2.11 is needed; bfloat16 trains wrongly on older ones")
+    rank, world, local = (of_job(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not 0 <= rank < world or (world > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys()):
+        fail(f"RANK {rank} of WORLD_SIZE {world} is no rank of a job: use torchrun, or unset both")
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local)
         if device.index >= torch.cuda.device_count():
             fail(f"--nproc_per_node: there are {torch.cuda.device_count()} GPUs on this machine")
         torch.cuda.set_device(device)
@@ -639,12 +704,22 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the
         torch.backends.cuda.enable_cudnn_sdp(False)  # NaN in gradients: pytorch#196678
     if world > 1:
         store = next(dist.rendezvous("env://", timeout=timeout))[0]
+        if rank == 0:  # what NCCL left in the store of a job that hung would end its successor
+            store.delete_key("exception_dump")
         if os.environ.get("GROUP_WORLD_SIZE") == "1":
             # torchrun of torch 2.13 hands the store of a job that died to the one that it restarts,
             # with the addresses of the dead in it. Across machines the number of restarts differs.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     return rank, world, device
+
+
+def of_job(name):
+    """One of the numbers by which torchrun tells a process its place; those of a job of one."""
+    text = os.environ.get(name) or ("1" if name.endswith("SIZE") else "0")
+    if not text.isdecimal() or (text == "0" and name.endswith("SIZE")):
+        fail(f"{name} is {text}; use torchrun, or unset it")
+    return int(text)
 
 
 def wait_for_all():
@@ -665,7 +740,7 @@ def batches_of(count, size):
 
 def default_workers():
     """Processes that decode images for a rank: its share of the cores, at most 8."""
-    return min(8, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return min(8, (os.cpu_count() or 1) // of_job("LOCAL_WORLD_SIZE"))
 
 
 @contextmanager
@@ -764,9 +839,22 @@ def save_grid(pixels, path, columns):
     pixels = np.concatenate([pixels, blanks])
     grid = to_image(rearrange(pixels, "(r c) k h w -> k (r h) (c w)", c=columns))
     zoom = max(1, 64 // pixels.shape[-1])
-    grid = grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST)
-    replace_file(path, partial(grid.save, format="PNG"))
+    save_png(grid.resize((grid.width * zoom, grid.height * zoom), Image.Resampling.NEAREST), path)
+
+
+def save_png(image, path):
+    """Replace a file by a picture that says that it was made here."""
+    mark = PngImagePlugin.PngInfo()
+    mark.add_text("Software", MADE_HERE)
+    replace_file(path, partial(image.save, format="PNG", pnginfo=mark))
+
+
+def made_here(path):
+    """Whether save_png made this file, so that it may be replaced."""
+    with suppress(OSError), Image.open(path) as image:
+        return image.info.get("Software") == MADE_HERE
+    return False
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -13,8 +13,9 @@ an exported file, or public weights of MeanFlow or SiT (`model.load`).
 import argparse
 import json
 import math
-import shutil
+import os
 import zipfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import meanflow
 from model import exported, fail, fingerprint, load
 from prepare_latents import (
     IMAGE_SUFFIXES, Background, Progress, batches_of, join_ranks, leave_ranks, load_vae, lock,
-    replace_file, save_grid, to_image, to_pixels, wait_for_all,
+    made_here, replace_file, run_script, save_grid, to_image, to_pixels, wait_for_all,
 )  # fmt: skip
 
 
@@ -65,6 +66,20 @@ def save_batch(paths, pixels):
             replace_file(path, partial(to_image(picture).save, format="PNG"))
 
 
+def save_npz(num, parts, settings, file):
+    """Join arrays (n, C, H, W), num pictures in all, to arr_0 (num, H, W, C); one is in memory."""
+    with zipfile.ZipFile(file, "w") as npz:
+        with npz.open("arr_0.npy", "w", force_zip64=True) as member:
+            for i, part in enumerate(parts):
+                rows = part.transpose(0, 2, 3, 1)
+                if i == 0:
+                    header = dict(descr="|u1", fortran_order=False, shape=(num, *rows.shape[1:]))
+                    np.lib.format.write_array_header_1_0(member, header)
+                member.write(rows.tobytes())
+        with npz.open("settings.npy", "w") as member:
+            np.lib.format.write_array(member, np.array(settings))
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -94,15 +109,15 @@ def parse_args(argv=None):
     if args.export:
         if not args.export.parent.is_dir():
             parser.error(f"--export {args.export}: {args.export.parent} is no directory")
-        if args.export.exists() and args.export.samefile(args.checkpoint):
-            parser.error(f"--export {args.export} would overwrite the checkpoint itself")
+        if args.export.exists():
+            parser.error(f"--export {args.export} exists; name another")
         return args
     args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
     if not args.kind and suffix in IMAGE_SUFFIXES:
         parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
-    fits = {".png": Path.is_file, ".npz": zipfile.is_zipfile}.get(args.kind, Path.is_dir)
+    fits = {".png": made_here, ".npz": zipfile.is_zipfile}.get(args.kind, Path.is_dir)
     if args.out.exists() and not fits(args.out):
-        parser.error(f"--out {args.out} exists and is no {args.kind or 'directory'}; name another")
+        parser.error(f"--out {args.out} exists and is no {args.kind or 'directory'} of this script")
     return args
 
 
@@ -145,7 +160,7 @@ def main(args):
         with np.load(out) as file:
             ours = file.get("settings") == settings
     elif rank == 0:
-        lock(folder)
+        held = lock(folder)
         if any(path.suffix in (".png", ".npy") for path in folder.iterdir()):
             ours = record.exists() and record.read_text() == settings
     if not ours:
@@ -161,6 +176,7 @@ def main(args):
     mine = [(batch, files_of(batch, folder, kind)) for batch in batches[rank::world]]
     todo = [(batch, files) for batch, files in mine if not all(map(Path.exists, files))]
     if args.compile:
+        torch._dynamo.config.recompile_limit = 64  # the decoder's blocks have many shapes
         for part in [net, vae.decoder] if vae else [net]:
             part.compile(dynamic=False)
     progress, background = Progress(out, len(todo)), Background()
@@ -174,21 +190,22 @@ def main(args):
     wait_for_all()
 
     if kind and rank == 0 and not complete:
-        c, h, w = np.load(*files_of(batches[0], folder, kind)).shape[1:]
-        # On the disk, since 50,000 pictures may not fit in memory.
-        whole = np.lib.format.open_memmap(folder / "whole.npy", "w+", np.uint8, (num, h, w, c))
-        for batch in batches:
-            part = np.load(*files_of(batch, folder, kind))
-            whole[batch.start : batch.stop] = part.transpose(0, 2, 3, 1)
+        parts = (np.load(*files_of(batch, folder, kind)) for batch in batches)
         if kind == ".npz":
-            replace_file(out, partial(np.savez, arr_0=whole, settings=settings))
+            replace_file(out, partial(save_npz, num, parts, settings))
         else:
             columns = count if 1 < (count := len(set(labels))) <= 16 else math.isqrt(num)
-            save_grid(whole.transpose(0, 3, 1, 2), out, columns)
-        shutil.rmtree(folder)
+            save_grid(np.concatenate([*parts]), out, columns)
+        os.close(held)  # NFS keeps an open file in its folder
+        for batch in batches:
+            files_of(batch, folder, kind)[0].unlink()
+        record.unlink()
+        (folder / ".lock").unlink()
+        with suppress(OSError):  # somebody's files are in it
+            folder.rmdir()
     say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")
     leave_ranks()
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -37,7 +38,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -149,7 +150,7 @@ def refusal(capsys, code, words, script, *flags):
     """A script ends with this exit code, and in one line that has these words."""
     name = f"{script.__name__}.py"
     with mock.patch.object(sys, "argv", [name]), pytest.raises(SystemExit) as stop:
-        script.main(script.parse_args(list(map(str, flags))))
+        prepare_latents.run_script(script.main, script.parse_args(list(map(str, flags))))
     found, line = 1, stop.value.code  # text is what sys.exit prints, and then the code is 1
     if isinstance(line, int):  # of argparse
         found, line = line, capsys.readouterr().err.strip().splitlines()[-1]
@@ -198,7 +199,7 @@ def glyphs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def signals_as_before():
     """train.main takes what would stop it for a notice; pytest needs its Ctrl-C."""
-    numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT
+    numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     yield
     list(map(signal.signal, numbers, before))
@@ -865,8 +866,9 @@ def test_the_unet_is_py_meanflows_and_reads_its_files(tmp_path, monkeypatch, dep
     for seed, front in enumerate(("net.", "net_ema.", "net_ema1.", "net_ema2.")):
         w = song_weights(size, depth, seed=seed)
         state |= {front + name: value for name, value in w.items()}
+    state = dict(sorted(state.items())) if depth == 1 else state  # as safetensors have them
     torch.save({"model": state, "epoch": 1, "args": argparse.Namespace(lr=1)}, tmp_path / "c.pth")
-    w = {k.removeprefix("net_ema1."): v.double() for k, v in state.items() if "net_ema1." in k}
+    w = {name: state[f"net_ema1.{name}"].double() for name in song_weights(size, depth)}
     assert depth == 1 or len([name for name in w if "resample_filter" not in name]) == 417
     net, found = load(tmp_path / "c.pth")
     assert "model.net_ema1 of model.net, model.net_ema, model.net_ema1" in found["note"]
@@ -1107,6 +1109,99 @@ def test_every_mode_of_picture_is_read_as_a_viewer_shows_it(tmp_path):
         assert np.abs(seen.astype(int) - expected).max() <= (8 if "jpg" in name else 0), name
 
 
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "CMYK", "I;16"])
+def test_a_tiff_is_turned_as_a_viewer_turns_it(tmp_path, mode):
+    grey = np.random.default_rng(0).integers(0, 2, (6, 8), dtype=np.uint8) * 255
+    picture = Image.fromarray(grey)
+    picture = (
+        Image.fromarray(grey.astype(np.uint16) * 256) if ";" in mode else picture.convert(mode)
+    )
+    turns = [lambda a: a, np.fliplr, lambda a: np.rot90(a, 2), np.flipud, np.transpose]
+    turns += [lambda a: np.rot90(a, -1), lambda a: np.rot90(a, -1)[::-1], np.rot90]
+    turns[6] = lambda a: np.rot90(a, 2).T
+    for orientation, turn in enumerate(turns, 1):
+        picture.save(tmp_path / "x.tif", tiffinfo={0x0112: orientation})
+        seen = prepare_latents.read_image(tmp_path / "x.tif")
+        assert (seen == turn(grey)).all(), orientation
+
+
+def test_what_lies_beside_the_pixels_does_not_matter_and_unknown_ranges_are_refused(tmp_path):
+    picture, text = Image.new("RGB", (8, 8), (9, 8, 7)), PngImagePlugin.PngInfo()
+    text.add_text("long", "x" * 2**21, zip=True)
+    picture.save(tmp_path / "exif.png", exif=b"nonsense")
+    picture.save(tmp_path / "text.png", pnginfo=text)
+    for name in ("exif.png", "text.png"):
+        assert prepare_latents.read_image(tmp_path / name)[:, 0, 0].tolist() == [9, 8, 7]
+    for kind in (np.int32, np.float32):
+        Image.fromarray(np.ones((8, 8), kind)).save(tmp_path / "x.tif")
+        with pytest.raises(ValueError, match="no known range"):
+            prepare_latents.read_image(tmp_path / "x.tif")
+
+
+def test_a_line_of_pixels_is_cut_before_it_is_enlarged():
+    line = np.arange(20_000 * 3).reshape(1, 20_000, 3).astype(np.uint8)
+    with mock.patch.object(Image, "MAX_IMAGE_PIXELS", 30_000):  # all of it would be 82 million
+        crop = np.asarray(prepare_latents.center_crop(Image.fromarray(line), 64), int)
+    middle = F.interpolate(torch.tensor(line[:, 9995:10005]).float().permute(2, 0, 1)[None],
+                           (64, 640), mode="bicubic", antialias=True)  # fmt: skip
+    expected = middle[0, :, :, 288:352].permute(1, 2, 0).clamp(0, 255).numpy()
+    assert np.abs(crop - expected).max() <= 1
+
+
+def names_in(folder, *names):
+    """Makes a folder with these files, pictures where their names say so."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if Path(name).suffix in (".png", ".jpg", ".jfif", ".tga", ".pgm"):
+            kind = dict(format="JPEG") if name.endswith("jfif") else {}
+            Image.new("L", (8, 8), 50).save(folder / name, **kind)
+        else:
+            (folder / name).write_text("text")
+    return folder
+
+
+def test_what_a_folder_holds_and_what_is_left_out_is_said(tmp_path, capsys):
+    names = ["a/1.jfif", "b/2.tga", "c/3.pgm", "d/notes.txt", "e/4", "f/.5.png", "@eaDir/6.png"]
+    root = names_in(tmp_path / "in", *names, "$RECYCLE.BIN/7.png", "b/.hidden/8.png")
+    (root / "empty").mkdir()
+    inside = prepare(names_in(tmp_path / "other", "1.png"), root / "old set", "--size", 8)
+    assert len(inside) == 1
+    capsys.readouterr()
+    for _ in range(2):  # the second finds the first's dataset, and continues it
+        data = prepare(root, root / "set", "--size", 8)
+        assert data.meta["classes"] == ["a", "b", "c"]
+        line = capsys.readouterr().out.splitlines()[0]
+        assert line.startswith(f"{root}: 3 pictures of 3 classes; left out: ")
+        left_out = set(line.split("left out: ")[1].split(", "))
+        assert left_out >= {"4 hidden or a system's", "1 empty folders", "1 .txt"}
+        assert left_out >= {"1 files without a suffix"}
+        assert left_out & {"1 datasets of this script", "2 datasets of this script"}
+
+
+def test_folders_that_cannot_be_walked_are_refused(tmp_path, monkeypatch):
+    root = names_in(tmp_path / "in", "a/1.png")
+    for name, target, words in [
+        ("a/up", "..", "a/up is a link to a folder around it"),
+        ("b", "nowhere", "b is a link to what does not exist"),
+    ]:
+        (root / name).symlink_to(target)
+        with pytest.raises(SystemExit, match=words):
+            prepare(root, tmp_path / "set", "--size", 8)
+        (root / name).unlink()
+    (root / "twice").symlink_to("a")  # a link beside a folder is none
+    assert prepare(root, tmp_path / "set", "--size", 8).meta["classes"] == ["a", "twice"]
+    scan = os.scandir
+
+    def scan_but_a(path):
+        if Path(path).name == "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scan_but_a)
+    with pytest.raises(SystemExit, match="in/a cannot be listed: Permission denied"):
+        prepare(root, tmp_path / "other", "--size", 8)
+
+
 def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, capsys):
     for name in "12":
         Image.new("L", (20, 9), 77).save(tmp_path / f"{name}.png")
@@ -1209,7 +1304,7 @@ def test_weights_must_fit_without_gap_or_remainder(tmp_path):
         (state | {name: torch.zeros(3)}, f"has misshapen 1 weights, {name}"),
         (
             {"encoder.conv_in.weight": torch.zeros(1)},
-            "has encoder.conv_in.weight, ... but no decod",
+            "has encoder.conv_in.weight ... but no decod",
         ),
         ({"first_stage_model.decoder.conv_in.weight": torch.zeros(1)}, "no VAE with diffusers'"),
     ]:
@@ -1485,11 +1580,11 @@ def predicts_its_input(state):
         ("SiT", lambda s: without(s, "blocks.3."), "no --model has 3 blocks of width 128"),
         ("t,t-r", lambda s: without(s, "h_embedder.mlp.2"), "lacks 2 weights, time_embed.1.mlp.2"),
         ("t,t-r", lambda s: without(s, "blocks.1.attn"), "lacks 4 weights, blocks.1.attn"),
-        ("t,t-r", lambda s: {"a": without(s, "x_embedder")}, "a.pos_embed, ... but no x_emb"),
+        ("t,t-r", lambda s: {"a": without(s, "x_embedder")}, "a.t_embedder.mlp.0.weight, a.t_"),
         (
             "t,t-r",
             lambda s: without(s, "x_embedder"),
-            "but no x_embedder.proj.weight or map_layer0",
+            "... but no x_embedder.proj.weight or map_layer0",
         ),
         ("t,t-r", lambda s: without(s, "pos_embed"), "KeyError('pos_embed')"),
         ("t,t-r", lambda s: s | {"q_norm": s["pos_embed"]}, "has unknown 1 weights, q_norm"),
@@ -1528,7 +1623,9 @@ NESTED = {  # of weights w and their average a: what training scripts save, and 
                       | {"module." + k: v for k, v in a.items()}},
         "(average)",
     ),
-    "none": (lambda w, a: {"model": a, "ema": None, "shadow_params": [*w.values()]}, " (no aver"),
+    "none": (lambda w, a: {"model": a, "ema": None, "ema_decay": 0.9}, " (no average found)"),
+    "Adam": (lambda w, a: {"model": a, "optimizer": {"exp_avg": w}}, "model"),
+    "list": (lambda w, a: {"model": a, "shadow_params": [*w.values()]}, "shadow_params cannot"),
 }  # fmt: skip
 
 
@@ -1577,25 +1674,24 @@ def test_no_code_in_a_file_is_executed_and_weights_are_read_beside_it(
     monkeypatch.chdir(tmp_path)
     state = public_weights("t,t-r", "tiny", 1, 16, 10)
     beside = [argparse.Namespace(lr=1), np.float64(1), np.random.get_state(), Path("a"), Config()]
-    beside += [collections.defaultdict(dict, a={}), Payload(eval, "open('trace', 'w')")]
+    beside += [collections.defaultdict(dict, a={}), {np.int64(3): 1}, {Path("a")}]
+    beside += [Payload(eval, "open('trace', 'w')")]
     for value in beside:
         torch.save({"ema": state, "beside": value}, "x.pt")
         assert load("x.pt")[1]["note"].endswith("weights: ema")
-    run_command, tensors = (
-        Payload(os.system, "touch trace"),
-        {"epoch": 1, "model": {}, "ema": state},
-    )
-    read = 'torch.save(torch.load("x.pt", weights_only=False)["ema"], "new.pt")'
+    run_command, tensors = Payload(os.system, "touch trace"), {"epoch": 1, "w": {}, "ema": state}
+    read = "{k: torch.load('x.pt', weights_only=False)[k] for k in ['w', 'ema']}"
     for value in (run_command, Names("ab")):
         torch.save(tensors | {"beside": value}, "x.pt")
-        words = (
-            f"more than tensors (model, ema, beside); if you trust it, read the new.pt of {read}"
-        )
+        words = "more than tensors (epoch, w, ema, beside); if you trust it, read the new.pt of "
+        words += f'torch.save({read}, "new.pt")'
         refusal(capsys, 1, words, sample, "x.pt", "--out", "x.png")
-    exec(read)  # the advice, with the list
-    assert_close(load_file("new.pt"), state, rtol=0, atol=0)
+    exec(f"torch.save({read}, 'new.pt')")  # the advice, with the list
+    assert_close(load_file("new.pt"), {"w": {}, "ema": state}, rtol=0, atol=0)
+    torch.save(state, "x.pt", pickle_protocol=4)
+    refusal(capsys, 1, "torch.save(dict(torch.load('x.pt', ", sample, "x.pt", "--out", "x.png")
     torch.save([run_command], "x.pt")
-    refusal(capsys, 1, "more than tensors (unreadable)", sample, "x.pt", "--out", "x.png")
+    refusal(capsys, 1, "is damaged, or more than tensors", sample, "x.pt", "--out", "x.png")
     assert not Path("trace").exists()
     torch.load("x.pt", weights_only=False)
     assert Path("trace").exists()  # so the payload works
@@ -1663,7 +1759,7 @@ def test_a_network_of_ones_own_trains_resumes_starts_and_draws(
     flags = given, "--out", tmp_path / "own.png"
     sample.main(sample.parse_args(list(map(str, flags))))
     monkeypatch.undo()
-    refusal(capsys, 1, "model.py has no such network", sample, *flags)
+    refusal(capsys, 1, "model.py has no network with such weights", sample, *flags)
 
 
 @pytest.mark.slow
@@ -1805,7 +1901,8 @@ def bad_input(tmp_path_factory, glyphs, checkpoint, inception):
         torch.save(public_weights("SiT", "tiny", 1, 16, 5), "five.pt")
         Path("inception.pth").symlink_to(inception)
         random_vae("vae.pt")
-        for name in ("images/a/1.png", "mixed/a/1.png", "mixed/2.png", "broken/3.png"):
+        for name in ("images/a/1.png", "mixed/a/1.png", "mixed/2.png", "broken/3.png",
+                     "taken/preview.png", "taken/progress.png"):  # fmt: skip
             Path(name).parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16)).save(name)
         for name in ("broken/4.png", "text.npz"):
@@ -1834,7 +1931,15 @@ BAD_INPUT = [
     (1, "train --init-from nothing.pt", "nothing.pt: No such file"),
     (1, "train --init-from five.pt", "five.pt has the number of classes 5, and this run 10"),
     (1, "train --out exported", "exported/last.pt holds only the network: name it as --init-from"),
-    (2, "sample last.pt --export last.pt", "--export last.pt would overwrite the checkpoint"),
+    (2, "sample last.pt --export last.pt", "--export last.pt exists; name another"),
+    (2, "sample last.pt --export good", "--export good exists; name another"),
+    (2, "sample last.pt --out images/a/1.png", "images/a/1.png exists and is no .png of this"),
+    (2, "fid images.npz --save stats.npz", "--save stats.npz exists; name another"),
+    (1, "prepare_latents images --size 8 --out taken", "taken holds a preview.png without its"),
+    (1, "train --out taken", "taken/progress.png was not made here; name another --out"),
+    (1, "train --out last.pt/x", "last.pt/x/samples: Not a directory"),
+    (1, "sample last.pt --out last.pt/x/y.npz", "last.pt/x/y.npz.parts: Not a directory"),
+    (1, "prepare_latents images --size 8 --out last.pt/x", "last.pt/x: Not a directory"),
     (2, "prepare_latents nowhere --out x", "nowhere is no folder"),
     (2, "prepare_latents good --out x", "good is a dataset already"),
     (2, "prepare_latents glyphs --flip --out x", "are not for glyphs"),
@@ -1851,7 +1956,6 @@ BAD_INPUT = [
     (1, "sample last.pt --classes 10 --out x", "--classes"),
     (1, "sample older.pt --out x.png", "saved by another version"),
     (2, "fid stats.npz", "REFERENCE"),
-    (2, "fid images.npz --save images.npz", "--save images.npz"),
     (1, "fid images.npz stats.npz", "--inception"),
     (1, "fid images.npz text.npz --inception vae.pt", "text.npz"),
     (1, "fid broken stats.npz --inception inception.pth --workers 1", "4.png cannot be read"),
@@ -1895,6 +1999,87 @@ def test_bad_input_is_refused_in_one_line(bad_input, monkeypatch, capsys, code, 
     refusal(capsys, code, words, sys.modules[script], *flags)
     assert files() == before
     assert not Path("made by a pickle").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        (dict(RANK="1"), "RANK 1 of WORLD_SIZE 1 is no rank of a job"),
+        (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="x"), "RANK 2 of WORLD_SIZE 2 is no rank"),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="x"), "RANK 0 of WORLD_SIZE 2 is no rank"),
+        (dict(RANK="0", WORLD_SIZE="2"), "RANK 0 of WORLD_SIZE 2 is no rank"),
+        (dict(RANK="-1"), "RANK is -1"),
+        (dict(WORLD_SIZE="0"), "WORLD_SIZE is 0"),
+    ],
+)
+def test_a_place_in_a_job_that_cannot_be_is_refused(
+    checkpoint, tmp_path, monkeypatch, capsys, environment, words
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    refusal(capsys, 1, words, sample, checkpoint, "--out", tmp_path / "x.png")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK"):  # empty is unset
+        monkeypatch.setenv(name, "")
+    sampled(checkpoint, tmp_path / "x.png", "--num", 4)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(SystemExit, match="LOCAL_WORLD_SIZE is 0"):
+        prepare_latents.parse_args(["x", "--out", "y"])
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cu128")
+    refusal(capsys, 1, "torch 2.10.1+cu128: 2.11 is needed", sample, checkpoint, "--out", "x.png")
+
+
+STORE = """
+import sys, torch.distributed as dist
+sys.path.insert(0, sys.argv[1])
+from prepare_latents import join_ranks, leave_ranks
+join_ranks()
+leave_ranks()
+"""
+
+
+def test_what_a_job_that_hung_left_behind_does_not_end_its_successor(tmp_path):
+    """NCCL leaves this key in torchrun's store, and its ranks end where they see it."""
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.set("exception_dump", "1")
+    job = dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=store.port, WORLD_SIZE=2, GROUP_WORLD_SIZE=1)
+    job |= dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT=1)
+    environment, ranks = os.environ | {name: str(value) for name, value in job.items()}, []
+    for rank in "01":
+        options = dict(env=environment | {"RANK": rank})
+        ranks.append(subprocess.Popen([sys.executable, "-c", STORE, HERE], **options))
+    assert [rank.wait(60) for rank in ranks] == [0, 0]
+    assert not store.check(["exception_dump"])
+
+
+def grow_no_more(size=100_000):
+    """For a process that is about to start: its files stay below a size, like on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def test_a_disk_that_is_full_ends_a_script_in_one_line(checkpoint, glyphs, tmp_path):
+    run_, npz, data = (tmp_path / name for name in ("run", "x.npz", "set"))
+    for script, flags, made in [
+        ("train.py", tiny(glyphs, run_, "--steps", 2), run_ / "last.pt"),
+        ("sample.py", [checkpoint, "--out", npz, "--num", 2000], npz),
+        ("prepare_latents.py", ["glyphs", "--count", 2000, "--out", data], data / "meta.json"),
+    ]:
+        options = dict(start=subprocess.Popen, preexec_fn=grow_no_more, stderr=subprocess.PIPE)
+        job = torchrun(1, script, *flags, text=True, stdout=subprocess.DEVNULL, **options)
+        error = [line for line in job.communicate()[1].splitlines() if "%, " not in line]
+        assert (job.returncode, len(error)) == (1, 1), error
+        assert re.search("File too large|requested", error[0])
+        assert not made.exists()
+
+
+def test_a_run_whose_reader_goes_away_saves_and_can_be_resumed(glyphs, tmp_path):
+    flags = tiny(glyphs, tmp_path / "run", "--steps", 4000, "--save-every", 10_000)
+    job = torchrun(1, "train.py", *flags, start=subprocess.Popen, stdout=subprocess.PIPE, text=True)
+    assert job.stdout.readline().startswith("tiny: ")
+    job.stdout.close()
+    assert job.wait(60) == 128 + signal.SIGPIPE
+    state = torch.load(tmp_path / "run" / "last.pt", weights_only=True)
+    assert 0 < state["step"] < 4000
+    run(glyphs, tmp_path / "run", "--steps", state["step"] + 1)
 
 
 @pytest.mark.slow
@@ -2025,7 +2210,6 @@ def test_tensorboard_shows_the_metrics_and_samples_once(glyphs, tmp_path):
     flags = "--accel", "none", "--sample-every", 2, "--tensorboard"
     run(glyphs, tmp_path, *flags, "--steps", 3)
     (tmp_path / "last.pt").unlink()
-    (tmp_path / "samples" / "00000000.png").write_bytes(b"a picture of another run")
     run(glyphs, tmp_path, *flags, "--steps", 4, "--seed", 1)
     shutil.copy(tmp_path / "last.pt", tmp_path / "4.pt")
     run(glyphs, tmp_path, *flags, "--steps", 6, "--seed", 1)
@@ -2194,6 +2378,7 @@ def test_defaults_are_the_papers(tmp_path, monkeypatch, capsys, name, size, step
     assert f"{steps:,} steps of 256 = {flags['epochs']}.0 epochs" in text
     assert list(tmp_path.iterdir()) == []
     assert train.parse_args(["--model", name, "--kappa", "0"]).kappa == 0
+    assert train.parse_args(["--model", name, "--time-mu", "-1e-1"]).time_mu == -0.1
     accels = [train.parse_args(["--accel", accel]) for accel in ("none", "minsnr", "dtd")]
     assert [args.progressive for args in accels] == [False, True, True]
 
@@ -2218,6 +2403,17 @@ def test_the_bench_compares_the_steps_and_writes_nothing(glyphs, tmp_path, capsy
     for what in ["sampling in one step", "the loader alone, 1 threads"]:
         assert float(re.search(rf"{what}: (\S+) pictures/s", "\n".join(lines))[1]) > 0
     assert not (tmp_path / "none").exists()
+
+
+def test_the_bench_goes_on_where_a_row_needs_too_much_memory(glyphs, monkeypatch, capsys):
+    def exhausted(*args, **options):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(meanflow, "textbook_loss", exhausted)
+    train.main(train.parse_args(["--bench", "--data", str(glyphs), "--batch-size", "8"]))
+    out = capsys.readouterr().out
+    assert "guided MeanFlow, textbook: out of memory" in out
+    assert re.search(r"^guided MeanFlow +\d", out, re.MULTILINE)
 
 
 def rank_of_a_run(rank, port, flags, out):
@@ -2354,7 +2550,7 @@ def test_a_stopped_run_ends_with_the_same_bits(glyphs, tmp_path, monkeypatch, ca
     flags = ["--steps", 6, "--accel", accel, "--micro-batch-size", 4, "--sample-every", 2]
     run(glyphs, tmp_path / "whole", *flags)
     loss = meanflow.loss
-    for number, at in [(signal.SIGTERM, 0), (signal.SIGUSR1, 2), (signal.SIGINT, 5)]:
+    for number, at in [(signal.SIGTERM, 0), (signal.SIGUSR1, 2), (signal.SIGHUP, 5)]:
         out, calls = tmp_path / number.name, iter(range(99))
 
         def interrupted(*args, at=at, number=number, calls=calls):
@@ -2371,6 +2567,29 @@ def test_a_stopped_run_ends_with_the_same_bits(glyphs, tmp_path, monkeypatch, ca
         assert torch.load(out / "last.pt", weights_only=True)["step"] == at + 1
         run(glyphs, out, *flags)
         same_run(tmp_path / "whole", out)
+
+
+def test_a_run_touches_only_files_of_its_own(glyphs, tmp_path):
+    own, names = tmp_path / "o", ["1.png", "00000001.png", "._00000002.png", "00000002 (copy).png"]
+    names_in(own / "samples", *names)
+    (own / "samples" / "00000009.png").write_bytes(b"")
+    (own / "metrics.jsonl").write_text('{"epoch": 3}\n')
+    others = {path: path.read_bytes() for path in own.rglob("*.*")}
+    for steps in (2, 4):
+        run(glyphs, own, "--steps", steps, "--sample-every", 1)
+    for path, content in others.items():
+        assert path.read_bytes().startswith(content)
+    assert [row.get("step") for row in metrics(own)] == [None, 1, 2, 3, 4]
+    assert Image.open(own / "progress.png").height == 4 * 64  # of steps 0, 2, 3 and 4
+
+
+def test_sampling_leaves_what_is_not_its_own(checkpoint, tmp_path):
+    names_in(tmp_path, "x.npz.parts/mine.txt")
+    assert len(sampled(checkpoint, tmp_path / "x.npz", "--num", 4)) == 4
+    assert [path.name for path in (tmp_path / "x.npz.parts").iterdir()] == ["mine.txt"]
+    for _ in range(2):  # its own picture is replaced
+        sampled(checkpoint, tmp_path / "x.png", "--num", 4)
+    assert not (tmp_path / "x.png.parts").exists()
 
 
 SIGNALS = [("none", signal.SIGTERM, 0), ("minsnr", signal.SIGUSR1, 1), ("dtd", signal.SIGINT, 1)]

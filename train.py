@@ -14,6 +14,8 @@ import argparse
 import copy
 import json
 import math
+import os
+import re
 import signal
 import sys
 import time
@@ -48,7 +50,7 @@ from model import (
 )  # fmt: skip
 from prepare_latents import (
     Dataset, Progress, augment, join_ranks, leave_ranks, load_vae, lock, network_input,
-    replace_file, save_grid, to_pixels, wait_for_all, write_glyphs,
+    made_here, run_script, replace_file, save_grid, save_png, to_pixels, wait_for_all, write_glyphs,
 )  # fmt: skip
 from sample import draw, keyed_generator
 
@@ -194,6 +196,7 @@ def parse_args(argv=None):
 
     # differs: the authors' code trains in float32.
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    parser._negative_number_matcher = re.compile(r"-\.?\d")  # before Python 3.14 -1e-1 was a flag
     recipe = PAPER | RECIPES[only_model.parse_known_args(argv)[0].model]
     parser.set_defaults(**dict(dtype="bfloat16" if bfloat16 else "float32") | recipe)
     args = parser.parse_args(argv)
@@ -246,7 +249,8 @@ def main(args):
     # One process, or one per GPU under torchrun; gloo carries what lies in a CPU's memory.
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     rank, world, device = join_ranks(backend, TIMEOUT)
-    say = partial(print, flush=True) if rank == 0 else lambda _: None
+    caught = []  # signals: the run then saves and ends
+    say = partial(tell, caught) if rank == 0 else lambda _: None
     trains = not (args.dry_run or args.bench)
 
     # The data, how a batch divides, and where the run stands.
@@ -262,7 +266,7 @@ def main(args):
     start = saved["step"] if saved else 0
 
     # What is trained: the network, its running average, the optimiser; and the schedule.
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed % 2**64)
     schedule = build_schedule(args, steps)
     net = build_network(args, meta, saved, say)
     trained = [p for p in net.parameters() if p.requires_grad]
@@ -335,9 +339,9 @@ def main(args):
         bench(args, net, objective, schedule, split, update, autocast, meta, batches, say)
         return
     report = Report(args, meta, ema, split, start, steps, say)
-    caught = []
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        signal.signal(number, lambda signum, _: caught.append(signum))
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+            signal.signal(number, lambda signum, _: caught.append(signum))
 
     for step in range(start, steps + 1):
         reading, notice, stalls = next(batches, None), 0, True
@@ -399,6 +403,15 @@ def open_data(args, rank, trains):
     if args.augment and data.meta["vae"]:
         fail(f"--augment is for pixels, and {args.data} holds latents: --no-augment")
     return data, data.meta, len(data), data.epoch_length
+
+
+def tell(caught, text):
+    """Print; where nobody reads any more, as after `| head`, that counts as a signal."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        caught.append(signal.SIGPIPE)
 
 
 class Split:
@@ -680,29 +693,37 @@ class Report:
 
 def forget_after(out, step):
     """Drop metrics and pictures after `step`, from which a run resumes."""
+    if (out / "progress.png").exists() and not made_here(out / "progress.png"):
+        fail(f"{out / 'progress.png'} was not made here; name another --out")
     path, kept = out / "metrics.jsonl", []
     for row in path.read_text().splitlines() if path.exists() else []:
-        if not row.endswith("}") or json.loads(row)["step"] > step:  # later, or cut by a kill
+        at = re.match(r'{"step": (\d+)', row)
+        if not row.endswith("}") or (at and int(at[1]) > step):  # cut by a kill, or later
             break
         kept.append(row + "\n")
     replace_file(path, lambda file: file.write("".join(kept).encode()))
-    for picture in (out / "samples").glob("*.png"):
+    for picture in grids(out / "samples"):
         if int(picture.stem) > step or step == 0:
             picture.unlink()
 
 
+def grids(samples):
+    """The pictures in samples/ that a run has drawn, by their steps."""
+    return sorted(path for path in samples.glob("[0-9]" * 8 + ".png") if made_here(path))
+
+
 def save_progress(samples, path, rows=10):
     """One picture of training: the first row of up to `rows` grids in samples/, oldest on top."""
-    files = sorted(samples.glob("*.png"))
+    files = grids(samples)
     picks = np.unique(np.linspace(0, len(files) - 1, rows).round().astype(int))
-    grids = [Image.open(files[i]) for i in picks]
-    margin, width, tile = 80, grids[0].width, grids[0].height // GRID_ROWS
-    picture = Image.new("RGB", (margin + width, tile * len(grids)))
-    for i, (pick, grid) in enumerate(zip(picks, grids, strict=True)):
+    pictures = [Image.open(files[i]) for i in picks]
+    margin, width, tile = 80, pictures[0].width, pictures[0].height // GRID_ROWS
+    progress = Image.new("RGB", (margin + width, tile * len(pictures)))
+    for i, (pick, grid) in enumerate(zip(picks, pictures, strict=True)):
         text = f"step {int(files[pick].stem)}"
-        ImageDraw.Draw(picture).text((8, (i + 0.5) * tile), text, anchor="lm")
-        picture.paste(grid.crop((0, 0, width, tile)), (margin, i * tile))
-    replace_file(path, partial(picture.save, format="PNG"))
+        ImageDraw.Draw(progress).text((8, (i + 0.5) * tile), text, anchor="lm")
+        progress.paste(grid.crop((0, 0, width, tile)), (margin, i * tile))
+    save_png(progress, path)
 
 
 class OneStepSamples:
@@ -757,21 +778,30 @@ def bench(args, net, objective, schedule, split, update, autocast, meta, batches
     # What each step does, the memory it takes, and how long the GPU computes. The counter of FLOPs
     # sees neither a compiled graph nor every backend's attention.
     steps, flops, gpu = {name: partial(step, loss_of) for name, loss_of in losses.items()}, {}, {}
-    for name, run in steps.items():
-        for _ in range(2):  # the first compiles, and makes Adam's state
-            if cuda:
-                torch.cuda.reset_peak_memory_stats()
-            run()
-        if cuda:
-            memory = torch.cuda.max_memory_allocated() / 1e9
-            with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+    for name, run in [*steps.items()]:
+        try:
+            for _ in range(2):  # the first compiles, and makes Adam's state
+                if cuda:
+                    torch.cuda.reset_peak_memory_stats()
                 run()
-            kernels = [k for k in profiler.key_averages() if k.device_type == DeviceType.CUDA]
-            gpu[name] = memory, sum(kernel.self_device_time_total for kernel in kernels) / 1e6
-        counter, eager = FlopCounterMode(display=False), torch.compiler.set_stance("force_eager")
-        with eager, sdpa_kernel(SDPBackend.MATH), counter:
-            run()
-        flops[name] = counter.get_total_flops() / 1e12
+            if cuda:
+                memory = torch.cuda.max_memory_allocated() / 1e9
+                with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+                    run()
+                kernels = [k for k in profiler.key_averages() if k.device_type == DeviceType.CUDA]
+                gpu[name] = memory, sum(kernel.self_device_time_total for kernel in kernels) / 1e6
+            counter, eager = (
+                FlopCounterMode(display=False),
+                torch.compiler.set_stance("force_eager"),
+            )
+            with eager, sdpa_kernel(SDPBackend.MATH), counter:
+                run()
+            flops[name] = counter.get_total_flops() / 1e12
+        except torch.OutOfMemoryError:
+            say(f"{name}: out of memory")
+            del steps[name]
+    if "flow matching" not in steps:
+        fail("no memory for flow matching: lower --batch-size")
 
     timed = steps | {"sampling": autocast(partial(meanflow.sample, net, e, y))}
     taken, progress = {name: [] for name in timed}, Progress("bench", rounds)
@@ -801,4 +831,4 @@ def bench(args, net, objective, schedule, split, update, autocast, meta, batches
 
 
 if __name__ == "__main__":
-    main(parse_args())
+    run_script(main, parse_args())
