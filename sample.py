@@ -87,7 +87,7 @@ def parse_args(argv=None):
     about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
-    add("checkpoint", help="last.pt of a run")
+    add("checkpoint", help="last.pt of a run, an exported file, or public weights")
     add("--out", type=Path, help="grid.png, samples.npz, or a directory for PNGs")
     add("--export", type=Path, help="write the EMA network alone to this file, and draw nothing")
     add("--vae", help="weights of the VAE that decodes latents, in diffusers' format")

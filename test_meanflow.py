@@ -1334,6 +1334,24 @@ def test_safetensors_are_read_as_their_own_library_wrote_them(tmp_path):
             load_file(path)
 
 
+def test_another_vae_shows_by_its_spread_and_a_damaged_one_is_refused(tmp_path, capsys):
+    names_in(tmp_path / "in", "1.png", "2.png")
+    flags, state = (
+        ["--vae", tmp_path / "vae.pt", "--size", 32],
+        torch.load(random_vae(tmp_path / "vae.pt")),
+    )
+    data = prepare(tmp_path / "in", tmp_path / "set", *flags)
+    found = re.search("latents have a standard deviation of (\\S+); it", capsys.readouterr().out)[1]
+    drawn = prepare_latents.network_input(torch.from_numpy(data.images[:]), data.meta)
+    assert float(found) == pytest.approx(drawn.std(), rel=0.2)
+    torch.save(
+        state | {"encoder.conv_in.bias": state["encoder.conv_in.bias"] * np.nan},
+        tmp_path / "vae.pt",
+    )
+    with pytest.raises(SystemExit, match="latents that are not numbers: are its weights damaged"):
+        prepare(tmp_path / "in", tmp_path / "other", *flags)
+
+
 def test_latents_are_the_posterior_of_the_crops_and_are_drawn_afresh(photographs, tmp_path):
     vae_file, files = random_vae(tmp_path / "vae.pt"), sorted(photographs.rglob("*.*"))
     flags, kinds = ["--vae", vae_file, "--size", 32, "--flip", "--dtype"], ("float16", "float32")

@@ -7,7 +7,8 @@
 
 Flags that are not given come from the paper's recipe for the model. The same command again resumes.
 A run's directory holds last.pt, metrics.jsonl, samples/ and, at the end, progress.png. After
-SIGTERM, SIGUSR1 or Ctrl-C a run finishes its step, saves, and exits with 128 + the signal's number.
+SIGTERM, SIGUSR1, Ctrl-C or a lost terminal a run finishes its step, saves, and exits with 128 + the
+signal's number.
 """
 
 import argparse
@@ -134,7 +135,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("data and run").add_argument
     add("--data", help="dataset directory, made by prepare_latents.py")
     add("--out", help="directory of the run, else runs/MODEL-ACCEL")
-    add("--init-from", help="checkpoint of another run, whose EMA weights to start from")
+    add("--init-from", help="weights to start from: another run's, exported or public ones")
     add("--seed", type=natural, default=0, help="of the weights, data order, times and noise")
     add("--workers", type=count, help="threads per rank that read the data")
     add("--log-every", type=count, help="steps between two lines of metrics")
