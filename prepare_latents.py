@@ -657,7 +657,8 @@ def main(args):
                     fail(f"{fault}; replace it or pass --skip-unreadable")
                 print(f"skipped: {fault}", file=sys.stderr)
             if vae and batch[0] == 0:
-                spread = LATENT_SCALE * stored(pixels)[:, : vae.latent].std(dtype=np.float64)
+                mean, std = np.split(stored(pixels).astype(np.float64), 2, axis=1)
+                spread = LATENT_SCALE * (mean.var() + np.square(std).mean()) ** 0.5
                 print(
                     f"{args.out}: latents have a standard deviation of {spread:.2f}; it should be 1"
                 )
