@@ -201,6 +201,7 @@ def signals_as_before():
     """train.main takes what would stop it for a notice; pytest needs its Ctrl-C."""
     numbers = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # also where nohup started pytest
     yield
     list(map(signal.signal, numbers, before))
 
@@ -2859,3 +2860,73 @@ def test_the_toy_of_the_readme_draws_its_data_in_one_step(tmp_path, monkeypatch)
     distances = torch.cdist(x.flatten(1), data.flatten(1)) / data.std()
     assert distances.amin(1).mean() < 0.1  # samples lie on the data
     assert distances.amin(0).mean() < 0.1  # and everywhere on it
+
+
+# ---------------------------------------------------------------------------- two dimensions
+
+
+@pytest.fixture(scope="module")
+def two_dimensions():
+    pytest.importorskip("matplotlib").use("Agg")
+    path = HERE / "docs" / "two_dimensions.py"
+    spec = importlib.util.spec_from_file_location("two_dimensions", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_fields_of_two_dimensions_are_exact(two_dimensions):
+    """v is the mean of e - x near z; the flow is scipy's; u + (t - r) du/dt = v along it."""
+    data, g = two_dimensions.points("checkerboard", 300), torch.Generator().manual_seed(0)
+    t, z = 0.6, torch.tensor([[0.3, -0.2], [1.0, 0.4]]).double()
+    x = data[torch.randint(300, (2_000_000,), generator=g)]
+    e = torch.randn(x.shape, generator=g).double()
+    for place, v in zip(z, two_dimensions.velocity(z, t, data), strict=True):
+        near = (((1 - t) * x + t * e - place).norm(dim=1) < 0.03).nonzero()[:, 0]
+        found = (e - x)[near]
+        error = found.std(0) / len(near) ** 0.5
+        assert len(near) > 200
+        assert ((found.mean(0) - v).abs() < 3 * error + 0.03 * 1 / t).all()
+
+    def derivative(t, z):
+        return two_dimensions.velocity(torch.from_numpy(z).view(-1, 2), t, data).numpy().ravel()
+
+    noise = torch.randn(5, 2, generator=g).double()
+    solved = scipy.integrate.solve_ivp(derivative, (1, 1e-3), noise.numpy().ravel(), "DOP853",
+                                       rtol=1e-10, atol=1e-10).y[:, -1].reshape(-1, 2)  # fmt: skip
+    assert_close(two_dimensions.flow(noise, data)[-1], torch.from_numpy(solved), rtol=0, atol=1e-6)
+    t, r, h = 0.8, 0.3, 1e-3
+    z, flow = {t + h: noise}, partial(two_dimensions.flow, data=data, steps=400)
+    z[t] = flow(z[t + h], start=t + h, end=t)[-1]
+    z[t - h] = flow(z[t], start=t, end=t - h)[-1]
+    end = flow(z[t - h], start=t - h, end=r)[-1]
+    u = {time: (place - end) / (time - r) for time, place in z.items()}
+    dudt, v = (u[t + h] - u[t - h]) / (2 * h), two_dimensions.velocity(z[t], t, data)
+    assert_close(u[t] + (t - r) * dudt, v, rtol=0, atol=1e-5)
+
+
+def test_two_dimensions_trains_draws_and_makes_its_table(
+    two_dimensions, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(two_dimensions.points, "__defaults__", (700,))
+    monkeypatch.setattr(two_dimensions.Judge.__init__, "__defaults__", (20,))
+    table, kept = tmp_path / "runs.csv", HERE / "docs" / "two_dimensions.csv"
+    table.write_text(kept.read_text().splitlines()[0] + "\n")
+    short = ["--steps", "3", "--csv", str(table), "--out", str(tmp_path)]
+    for _ in range(2):  # the second finds them all done
+        two_dimensions.main(["--runs", "gaussian", *short, "--seeds", "0", "2", "--dtd-times", "v"])
+    lines = [line.split(",") for line in table.read_text().splitlines()]
+    assert [line[1] for line in lines[1:]] == [*two_dimensions.ROWS] * 2
+    errors = {line[1]: [float(error) for error in line[8:]] for line in lines[1:7]}
+    ratio = two_dimensions.ratios(table)["gaussian", "beta", "3", "constant", "1.0", "", ""]
+    assert_close(ratio[0], np.divide(errors["beta"], errors["MeanFlow"]))
+    mean, error = two_dimensions.mean_and_error(ratio)
+    assert_close(mean, np.sqrt(ratio[0] * ratio[1]))
+    assert_close(error, mean * np.abs(np.log(ratio[0] / ratio[1])) / 2)
+    two_dimensions.main(["--table", "--out", str(tmp_path)])
+    assert "| checkerboard | MinSNR + beta | 1000 | falling |" in capsys.readouterr().out
+    two_dimensions.main(short)
+    with Image.open(tmp_path / "average_velocity.gif") as gif:
+        assert gif.n_frames > 10
+    assert (HERE / "docs" / "average_velocity.gif").stat().st_size < 600_000
+    assert {"average_velocity.png", "improved.png"} <= {path.name for path in tmp_path.iterdir()}

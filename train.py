@@ -341,7 +341,7 @@ def main(args):
         return
     report = Report(args, meta, ema, split, start, steps, say)
     for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup leaves SIGHUP
+        if (number, signal.getsignal(number)) != (signal.SIGHUP, signal.SIG_IGN):  # as by nohup
             signal.signal(number, lambda signum, _: caught.append(signum))
 
     for step in range(start, steps + 1):

@@ -1,11 +1,11 @@
-"""MeanFlow in two dimensions, where the exact answer is known; also an example of a fork.
+"""MeanFlow in two dimensions, where the exact answer is known; an example of a fork.
 
     python docs/two_dimensions.py                       docs/average_velocity.png and .gif
     python docs/two_dimensions.py --runs checkerboard   trains, appends to docs/two_dimensions.csv
     python docs/two_dimensions.py --table               what is in it, and docs/improved.png
 
-The data are N points x_i. Then the marginal velocity v(z, t) = E[e - x | z] is a closed form, its
-flow from noise (t = 1) to data (t = 0) an ODE, and the exact average velocity of one step is
+The data are points x_i. Then the marginal velocity v(z, t) = E[e - x | z] is a closed form, its
+flow from noise (t = 1) to data (t = 0) an ODE, and the exact average velocity of the whole way is
 u(e, 0, 1) = e - flow(e). So the errors of a network are plain mean squares.
 """
 
@@ -13,10 +13,13 @@ import argparse
 import csv
 import math
 import sys
-from itertools import pairwise
+from itertools import pairwise, product
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 HERE = Path(__file__).parent
@@ -24,44 +27,44 @@ sys.path.insert(0, str(HERE.parent))
 import meanflow  # noqa: E402
 import schedules  # noqa: E402
 
-TABLE, MEASURES = HERE / "two_dimensions.csv", ("one step", "two steps", "Euler", "v")
-SETTINGS = ("set", "row", "steps", "learning rate", "cap", "dtd times", "seed")
-KINDS = ("gaussian", "gaussians", "spiral", "checkerboard", "checkerboard 8")
-# The rows of arXiv 2511.19065v2, Tab. 3: how v is learned early; whether beta weighs u.
+KINDS = {"gaussian": 1, "three gaussians": 3, "gaussians": 8, "spiral": 0, "checkerboard": 4,
+         "checkerboard 8": 8}  # fmt: skip
+# arXiv 2511.19065v2, Tab. 3: how v is learned early; whether beta weighs u.
 ROWS = {
     "MeanFlow": ("none", False), "beta": ("none", True), "MinSNR": ("minsnr", False),
     "MinSNR + beta": ("minsnr", True), "DTD": ("dtd", False), "DTD + beta": ("dtd", True),
 }  # fmt: skip
+SETTINGS = ["set", "row", "steps", "rate", "p", "cap", "dtd times", "seed"]
+MEASURES = ["one step", "two steps", "Euler", "v"]
 
 # ---------------------------------------------------------------------------- exact fields
 
 
 def points(kind, count=2000):
-    """The data set of this name: (count, 2) float64."""
-    g = torch.Generator().manual_seed(0)
+    """A data set: (count, 2) float64, within [-2, 2]."""
+    g, number = torch.Generator().manual_seed(0), KINDS[kind]
     if kind == "spiral":
         s = 6 * math.pi * torch.rand(count, generator=g).sqrt()
-        return (0.3 / math.pi * s[:, None] * torch.stack([s.cos(), s.sin()], 1)).double()
-    if kind.startswith("checkerboard"):  # of 4 x 4 or 8 x 8 cells
-        cells = 8 if kind.endswith("8") else 4
-        x = cells * torch.rand(4 * count, 2, generator=g)
-        return ((x[x.floor().sum(1) % 2 == 0][:count] / cells - 0.5) * 3).double()
-    k = torch.randint({"gaussian": 1, "gaussians": 8}[kind], (count,), generator=g) * math.pi / 4
-    centres = 1.5 * torch.stack([k.cos(), k.sin()], 1)
-    return (centres + 0.05 * torch.randn(count, 2, generator=g)).double()
+        x = 0.3 / math.pi * s[:, None] * torch.stack([s.cos(), s.sin()], 1)
+    elif "checkerboard" in kind:
+        x = number * torch.rand(4 * count, 2, generator=g)
+        x = (x[x.floor().sum(1) % 2 == 0][:count] / number - 0.5) * 3
+    else:
+        s = torch.randint(number, (count,), generator=g) * 2 * math.pi / number
+        x = 1.5 * torch.stack([s.cos(), s.sin()], 1) + 0.15 * torch.randn(count, 2, generator=g)
+    return x.double()
 
 
 def velocity(z, t, data):
-    """The marginal velocity at z (B, 2), time t; data: (N, 2). The weights are p(x_i | z)."""
-    means = (1 - t) * data  # logits: -|z - mean|^2 / (2 t^2), but for what is the same for all i
-    logits = (z @ means.T - means.square().sum(1) / 2) / t**2
+    """v = (z - E[x | z]) / t at z (B, 2), time t; p(x_i | z) ~ exp(-|z - (1 - t) x_i|^2 / 2t^2)."""
+    means = (1 - t) * data
+    logits = (z @ means.T - means.square().sum(1) / 2) / t**2  # without |z|^2, the same for all i
     return (z - logits.softmax(1) @ data) / t
 
 
 def flow(z, data, steps=200, start=1.0, end=1e-3):
     """z (B, 2) carried from t = start to end by Runge and Kutta: the path, (steps + 1, B, 2)."""
-    times = torch.linspace(start**0.5, end**0.5, steps + 1).double() ** 2
-    path = [z]
+    times, path = torch.linspace(start**0.5, end**0.5, steps + 1).double() ** 2, [z]
     for t, h in zip(times, times.diff(), strict=False):
         k1 = velocity(z, t, data)
         k2 = velocity(z + h / 2 * k1, t + h / 2, data)
@@ -69,6 +72,28 @@ def flow(z, data, steps=200, start=1.0, end=1e-3):
         z = z + h / 6 * (k1 + 2 * k2 + 2 * k3 + velocity(z + h * k3, t + h, data))
         path.append(z)
     return torch.stack(path)
+
+
+class Judge:
+    """Mean squared errors of a network against the exact fields, at 2,000 points."""
+
+    def __init__(self, data, count=2000):
+        g = torch.Generator().manual_seed(1)
+        self.e = torch.randn(count, 2, generator=g).double()
+        self.x, self.fields = flow(self.e, data)[-1], []
+        for t in (0.1, 0.3, 0.5, 0.7, 0.9):
+            picks = torch.randint(len(data), (count,), generator=g)
+            z = (1 - t) * data[picks] + t * torch.randn(count, 2, generator=g).double()
+            self.fields.append((torch.full((count,), t), z, velocity(z, t, data)))
+
+    @torch.no_grad()
+    def __call__(self, net):
+        """MEASURES: of x by one step, two steps, 32 steps of v; of v at five times."""
+        found = [draw(net, self.e, *how) - self.x for how in [(1,), (2,), (32, True)]]
+        fields = [
+            net(z.float().view(-1, 2, 1, 1), t, t, None).view(-1, 2) - v for t, z, v in self.fields
+        ]
+        return [error.square().sum(-1).mean().item() for error in (*found, torch.stack(fields))]
 
 
 # ---------------------------------------------------------------------------- a network of its own
@@ -79,8 +104,8 @@ class Network(nn.Module):
 
     def __init__(self, width=128):
         super().__init__()
-        sizes = [20, width, width, width, 2]
-        layers = [layer for size in pairwise(sizes) for layer in (nn.Linear(*size), nn.SiLU())]
+        sizes = pairwise([20, width, width, width, 2])
+        layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.SiLU())]
         self.layers = nn.Sequential(*layers[:-1])
 
     def forward(self, z, r, t, y):
@@ -90,26 +115,27 @@ class Network(nn.Module):
         return self.layers(torch.cat(inputs, 1)).view_as(z)
 
 
-def train(data, steps, seed, row="MeanFlow", falling=False, cap=0.2, dtd_times="both", batch=512):
-    """A network after `steps` steps of `batch` points, three quarters of them with r < t."""
+def train(data, seed, steps, row="MeanFlow", rate="constant", p=1.0, cap=0.2, dtd_times="both"):
+    """A network after `steps` steps of 512 points, three quarters of them with r < t."""
     torch.manual_seed(seed)
-    net, num_eq, (accel, progressive) = Network(), batch // 4, ROWS[row]
-    quantile, num_neq = schedules.uniform_quantile, batch - num_eq
+    net, num_eq, num_neq, (accel, progressive) = Network(), 128, 384, ROWS[row]
+    quantile, objective = schedules.uniform_quantile, meanflow.Objective(p=p)
     schedule = schedules.Schedule(steps, quantile, accel, progressive, dtd_cap=cap)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
     for step in range(steps):
         t, r, weight = schedule.sample(num_eq, num_neq, step)
         if dtd_times == "v":  # the curriculum is for r = t alone
-            u_times = schedules.sample_t_r(num_eq, num_neq, quantile)
-            t[num_eq:], r[num_eq:] = (times[num_eq:] for times in u_times)
+            others = schedules.sample_t_r(num_eq, num_neq, quantile)
+            t[num_eq:], r[num_eq:] = (times[num_eq:] for times in others)
             if progressive:
                 gaps = (t - r)[num_eq:]
                 weight[num_eq:] = schedules.beta(gaps, schedule.s(step), schedule.lam)
-        x = data[torch.randint(len(data), (batch,))].float().view(-1, 2, 1, 1)
-        loss, errors = meanflow.loss(net, x, torch.randn_like(x), r, t, None, num_neq, weight)
+        x = data[torch.randint(len(data), t.shape)].float().view(-1, 2, 1, 1)
+        e = torch.randn_like(x)
+        loss, errors = meanflow.loss(net, x, e, r, t, None, num_neq, weight, objective)
         optimizer.zero_grad()
         loss.backward()
-        if falling:
+        if rate == "falling":
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.step()
         schedule.update(errors[:num_eq].mean(), step)
@@ -117,77 +143,144 @@ def train(data, steps, seed, row="MeanFlow", falling=False, cap=0.2, dtd_times="
 
 
 def draw(net, e, *how):
-    """meanflow.sample for points (B, 2)."""
+    """meanflow.sample for noise (B, 2)."""
     return meanflow.sample(net, e.float().view(-1, 2, 1, 1), None, *how).view(-1, 2).double()
-
-
-class Judge:
-    """Mean squared errors against the exact fields, of 2,000 points."""
-
-    def __init__(self, data, count=2000):
-        g = torch.Generator().manual_seed(1)
-        self.e = torch.randn(count, 2, generator=g).double()
-        self.x, self.fields = flow(self.e, data)[-1], []
-        for t in (0.1, 0.3, 0.5, 0.7, 0.9):
-            picks = torch.randint(len(data), (count,), generator=g)
-            z = (1 - t) * data[picks] + t * torch.randn(count, 2, generator=g).double()
-            self.fields.append((torch.full((count,), t), z.float(), velocity(z, t, data)))
-
-    @torch.no_grad()
-    def __call__(self, net):
-        """{measure: error}: of x by one step, two steps, 32 steps of v; of v at five times."""
-        found = [draw(net, self.e, *how) - self.x for how in [(1,), (2,), (32, True)]]
-        v = [net(z.view(-1, 2, 1, 1), t, t, None).view(-1, 2) - v for t, z, v in self.fields]
-        errors = [error.square().sum(-1).mean().item() for error in (*found, torch.stack(v))]
-        return dict(zip(MEASURES, errors, strict=True))
 
 
 # ---------------------------------------------------------------------------- the table
 
 
-def parse_args(argv=None):
-    about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=about, formatter_class=style)
+def append_runs(args, judge=None):
+    """Train what is not yet in the table, a line a run."""
+    known = {tuple(line)[: len(SETTINGS)] for line in csv.reader(args.csv.read_text().splitlines())}
+    for seed, steps, row in product(range(*args.seeds), args.steps, args.rows):
+        own = (args.cap, args.dtd_times) if "DTD" in row else ("", "")
+        settings = args.runs, row, steps, args.rate, args.p, *own, seed
+        if tuple(map(str, settings)) not in known:
+            judge = judge or Judge(points(args.runs))
+            how = row, args.rate, args.p, args.cap, args.dtd_times
+            errors = judge(train(points(args.runs), seed, steps, *how))
+            with open(args.csv, "a") as file:
+                file.write(",".join([*map(str, settings), *(f"{e:.5g}" for e in errors)]) + "\n")
+
+
+def ratios(path):
+    """{settings without the seed: array (runs, measures)} of errors divided by MeanFlow's."""
+    lines = [*csv.reader(path.read_text().splitlines())][1:]
+    lines = {tuple(line[: len(SETTINGS)]): line for line in lines}
+    found = {}
+    for key, line in lines.items():
+        plain = lines.get((key[0], "MeanFlow", *key[2:5], "", "", key[-1]))
+        if plain and key[1] != "MeanFlow":
+            pairs = zip(line, plain, strict=True)
+            quotients = [float(a) / float(b) for a, b in [*pairs][len(SETTINGS) :]]
+            found.setdefault(key[:-1], []).append(quotients)
+    return {key: np.array(value) for key, value in found.items() if len(value) > 1}
+
+
+def mean_and_error(ratio):
+    """Geometric mean and its standard error over the runs: (measures,) each."""
+    logs = np.log(ratio)
+    mean = np.exp(logs.mean(0))
+    return mean, mean * logs.std(0, ddof=1) / len(logs) ** 0.5
+
+
+def show_table(args):
+    """Print every kind of run as Markdown; draw those on the checkerboard by their length."""
+    found = ratios(args.csv)
+    print("|", " | ".join([*SETTINGS[:-1], "runs", *MEASURES]), "|\n" + "| --- " * 12 + "|")
+    for key, ratio in sorted(found.items()):
+        cells = [f"{m:.2f} ± {e:.2f}" for m, e in zip(*mean_and_error(ratio), strict=True)]
+        print("|", " | ".join([*key, str(len(ratio)), *cells]), "|")
+    axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)[1]
+    for i, axis in enumerate(axes):
+        for row in [*ROWS][1:]:
+            own = ("0.2", "both") if "DTD" in row else ("", "")
+            keys = {int(k[2]): k for k in found if k[:2] == ("checkerboard", row)
+                    and k[3:] == ("constant", "1.0", *own)}  # fmt: skip
+            bars = [
+                (n, *(part[i] for part in mean_and_error(found[keys[n]]))) for n in sorted(keys)
+            ]
+            if bars:
+                axis.errorbar(*zip(*bars, strict=True), marker="o", capsize=3, label=row)
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set(title=MEASURES[i], xscale="log", xlabel="training steps")
+    axes[0].set_ylabel("error / MeanFlow's")
+    axes[0].legend(fontsize=8)
+    plt.savefig(args.out / "improved.png", dpi=100)
+
+
+# ---------------------------------------------------------------------------- the picture
+
+
+def panes(titles, data):
+    """Axes side by side, each with the data in grey."""
+    axes = plt.subplots(1, len(titles), figsize=(3.4 * len(titles), 4.1), layout="constrained")[1]
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set(
+            xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal", xticks=[], yticks=[], title=title
+        )
+        axis.plot(*data[:600].T, ".", ms=2, color="#cccccc")
+    return axes
+
+
+def draw_average_velocity(out, steps, count=20):
+    """The flow, one step of v, and one step of a trained u, for the same points; and as a GIF.
+
+    Trained without the adaptive weight: in two dimensions it shifts the mean that v is.
+    """
+    data, g = points("three gaussians"), torch.Generator().manual_seed(2)
+    e = torch.randn(700, 2, generator=g).double()
+    e = e[e.abs().amax(1) < 2.4][:600]
+    net = train(data, 0, steps, "MinSNR + beta", "falling", p=0.0)
+    path, jump = flow(e, data), torch.stack([e, draw(net, e)])
+    ways = path, torch.stack([e, e - velocity(e, 1.0, data)]), jump
+    titles = [
+        "the flow:\n200 steps of its velocity v",
+        "one step of v(ε, t = 1):\nthe mean of the data",
+    ]
+    titles += ["one step of the average velocity\nu(ε, r = 0, t = 1), trained"]
+    colours = ["tab:blue", "tab:red", "tab:green"]
+    for axis, way, colour in zip(panes(titles, data), ways, colours, strict=True):
+        axis.plot(*way[:, :count].permute(2, 0, 1), color=colour, lw=1)
+        axis.plot(*e[:count].T, "o", ms=4, mfc="none", color="black")
+        axis.plot(*way[-1].T, ".", ms=2.5, color=colour)
+    plt.savefig(out / "average_velocity.png", dpi=100)
+
+    axes, frames = panes(["many steps of v", "one step of u"], data), []
+    dots = [axes[i].plot([], [], ".", ms=4, color=colours[2 * i])[0] for i in range(2)]
+    for i in [*range(0, 201, 8), *[200] * 10]:
+        dots[0].set_data(*path[i, :300].T)
+        dots[1].set_data(*jump[int(i >= 100), :300].T)
+        axes[0].figure.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(axes[0].figure.canvas.buffer_rgba())).quantize(32))
+    options = dict(save_all=True, append_images=frames[1:], duration=100, loop=0)
+    frames[0].save(out / "average_velocity.gif", **options)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--runs", choices=KINDS, help="train on this set, and append a line a run to the table")
     add("--table", action="store_true", help="print the means of the table and draw them")
+    add("--csv", type=Path, default=HERE / "two_dimensions.csv", help="the table")
+    add("--out", type=Path, default=HERE, help="folder of the pictures")
     add("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="of arXiv 2511.19065v2, Tab. 3")
-    add("--steps", type=int, nargs="+", default=[1000], help="lengths of the runs")
+    add("--steps", type=int, nargs="+", default=[3000], help="lengths of the runs")
     add("--seeds", type=int, nargs=2, default=(0, 20), metavar=("FROM", "TO"), help="without TO")
-    add("--falling", action="store_true", help="let the learning rate fall to 0")
-    add("--cap", type=float, default=0.2, help="--dtd-cap; inf lets the loss alone decide")
+    add("--rate", choices=("constant", "falling"), default="constant", help="learning rate")
+    add("--p", type=float, default=1.0, help="power of the adaptive weight")
+    add("--cap", type=float, default=0.2, help="of DTD; inf: by the loss alone")
     add("--dtd-times", choices=("both", "v"), default="both", help="what DTD restricts")
-    return parser.parse_args(argv)
-
-
-def append_runs(args):
-    """Runs that are in the table are not repeated."""
-    data, judge = points(args.runs), None
-    known = [list(line.values())[: len(SETTINGS)] for line in lines()]
-    todo = [
-        (seed, steps, row)
-        for seed in range(*args.seeds)
-        for steps in args.steps
-        for row in args.rows
-    ]
-    for seed, steps, row in todo:
-        own = (args.cap, args.dtd_times) if row.startswith("DTD") else ("", "")
-        settings = [args.runs, row, steps, "falling" if args.falling else "constant", *own, seed]
-        if [*map(str, settings)] not in known:
-            judge = judge or Judge(data)
-            net = train(data, steps, seed, row, args.falling, args.cap, args.dtd_times)
-            errors = [f"{error:.5g}" for error in judge(net).values()]
-            with open(TABLE, "a") as file:
-                file.write(",".join(map(str, [*settings, *errors])) + "\n")
-
-
-def lines():
-    with open(TABLE) as file:
-        return list(csv.DictReader(file))
+    args = parser.parse_args(argv)
+    if args.runs:
+        append_runs(args)
+    elif args.table:
+        show_table(args)
+    else:
+        draw_average_velocity(args.out, args.steps[0])
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the tensors are small
-    args = parse_args()
-    if args.runs:
-        append_runs(args)
+    main()
