@@ -64,7 +64,8 @@ def velocity(z, t, data):
 
 def flow(z, data, steps=200, start=1.0, end=1e-3):
     """z (B, 2) carried from t = start to end by Runge and Kutta: the path, (steps + 1, B, 2)."""
-    times, path = torch.linspace(start**0.5, end**0.5, steps + 1).double() ** 2, [z]
+    path, roots = [z], torch.linspace(start**0.5, end**0.5, steps + 1, dtype=torch.float64)
+    times = roots**2
     for t, h in zip(times, times.diff(), strict=False):
         k1 = velocity(z, t, data)
         k2 = velocity(z + h / 2 * k1, t + h / 2, data)
