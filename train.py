@@ -149,7 +149,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("FID of one-step samples during training").add_argument
     add("--fid-every", type=count, help="steps between two measurements")
     add("--fid-num", type=number(int, lambda n: n >= 2, "at least 2"), default=5000, help="samples")
-    add("--fid-ref", help="statistics to compare with, an .npz by fid.py --save")
+    add("--fid-ref", help="statistics to compare with: .npz of fid.py --save or of ADM")
     add("--inception", help="weights pt_inception-2015-12-05")
 
     add = parser.add_argument_group("MeanFlow, arXiv 2505.13447").add_argument
