@@ -259,8 +259,7 @@ class Pictures:
                 fail(f"{path} holds latents; name the folder of images it was made from")
             self.images, self.rows = data.images, data.rows
         else:
-            self.files, _ = image_files(path)
-            self.rows = self.files
+            self.rows = self.files = image_files(path)
         if len(self.rows) < 2:
             fail(f"{path} holds {len(self.rows)} images; statistics need at least 2")
 

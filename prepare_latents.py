@@ -58,9 +58,12 @@ FORMAT = 1  # of the dataset; raised when a reader of the old one would misread 
 EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
 HANGS_AFTER = 600  # seconds in which a process reads no batch
 MADE_HERE = "MeanFlow"  # in a PNG's text
+JOB = {"RANK", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun tells each rank
 DRAFT = "unfinished.json"  # becomes meta.json when every row is written
 IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-SYSTEM_NAMES = re.compile(r"[.@$#]|__MACOSX|lost\+found")  # of files and folders that are not yours
+SYSTEM_NAMES = re.compile(
+    r"\..*|@eaDir|#recycle|\$RECYCLE\.BIN|__MACOSX|lost\+found|System Volume Information|Thumbs\.db"
+)
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or a PNG with a long text beside its pixels is refused
 # What turns a picture, by the orientation in its EXIF data, into what a viewer shows.
 TURNS = [None, None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"]
@@ -186,11 +189,16 @@ class DatasetWriter:
             for name in ("images.npy", "labels.npy", "preview.png"):
                 if (self.out / name).exists():
                     fail(f"--out {out} holds a {name} without its meta.json; name another")
-            dtype, shape = meta["dtype"], stored_shape(meta)
-            np.lib.format.open_memmap(self.out / "images.npy", "w+", dtype, shape)
-            np.save(self.out / "labels.npy", np.full(meta["count"], EMPTY, np.int32))
             text = json.dumps(meta, indent=1) + "\n"
             replace_file(record, lambda file: file.write(text.encode()))
+        images, labels = self.out / "images.npy", self.out / "labels.npy"
+        if not self.complete and not images.exists():  # under another name until it has its size
+            whole = self.out / "images.npy.tmp"
+            np.lib.format.open_memmap(whole, "w+", meta["dtype"], stored_shape(meta))
+            os.replace(whole, images)
+        if not self.complete and not labels.exists():
+            empty = np.full(meta["count"], EMPTY, np.int32)
+            replace_file(labels, lambda file: np.save(file, empty))
         self.images = np.load(self.out / "images.npy", mmap_mode="r")
         self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
 
@@ -269,9 +277,9 @@ def center_crop(image, size):
 
 
 def image_files(folder):
-    """(the pictures in a folder and all its sub-folders, sorted; how much is left out, in words).
+    """The pictures in a folder and all its sub-folders, sorted: every suffix that Pillow can open.
 
-    Read is what has a suffix that Pillow can open. Ends the script where a folder cannot be listed.
+    Prints what is left out. Ends the script where a folder cannot be listed.
     """
 
     def refuse(error):
@@ -280,23 +288,25 @@ def image_files(folder):
     paths, left_out = [], Counter()
     for top, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         top, inside = Path(top), [*folders, *names]
-        if top.is_symlink() and top.parent.resolve().is_relative_to(top.resolve()):
+        if top.is_symlink() and any(top.samefile(parent) for parent in top.parents):
             fail(f"{top} is a link to a folder around it; remove it")
-        if top != Path(folder) and {DRAFT, "meta.json"} & {*names}:
-            left_out["datasets of this script"] += 1
+        if top != Path(folder) and {"images.npy", "labels.npy"} <= {*names}:
+            left_out["datasets"] += 1
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not SYSTEM_NAMES.match(name)]
-        left_out["hidden or a system's"] += sum(map(bool, map(SYSTEM_NAMES.match, inside)))
+        folders[:] = [name for name in folders if not SYSTEM_NAMES.fullmatch(name)]
+        left_out["hidden or system files"] += sum(map(bool, map(SYSTEM_NAMES.fullmatch, inside)))
         left_out["empty folders"] += not inside
-        for path in (top / name for name in names if not SYSTEM_NAMES.match(name)):
+        for path in (top / name for name in names if not SYSTEM_NAMES.fullmatch(name)):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 paths.append(path)
             elif path.exists():
                 left_out[path.suffix or "files without a suffix"] += 1
             else:
                 fail(f"{path} is a link to what does not exist")
-    return sorted(paths), ", ".join(f"{n:,} {what}" for what, n in left_out.items() if n)
+    if (said := +left_out) and not of_job("RANK"):
+        print(f"{folder}: left out {', '.join(f'{n:,} {what}' for what, n in said.items())}")
+    return sorted(paths)
 
 
 class ImageFolder:
@@ -307,7 +317,7 @@ class ImageFolder:
     """
 
     def __init__(self, root, size, unconditional=False):
-        paths, self.left_out = image_files(root)
+        paths = image_files(root)
         names = [path.relative_to(root).parts for path in paths]  # class, ..., picture
         flat = [name[0] for name in names if len(name) == 1]
         if not paths:
@@ -341,8 +351,8 @@ def posterior(vae, pixels, dtype):
     pixels = torch.from_numpy(pixels.copy()).to(vae.quant_conv.weight.device)
     mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
     rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy()
-    if np.isnan(rows).any():
-        fail("--vae gives latents that are not numbers: are its weights damaged?")
+    if not np.isfinite(rows).all():
+        fail("--vae gives latents that are no numbers: are its weights damaged?")
     rows = rows.astype(dtype)
     if not np.isfinite(rows).all():
         fail(f"--vae gives latents that {dtype} cannot hold; pass --dtype float32")
@@ -622,8 +632,7 @@ def main(args):
     folder = ImageFolder(args.source, args.size, args.unconditional)
     count = len(folder.files)
     if rank == 0:
-        left_out = f"; left out: {folder.left_out}" if folder.left_out else ""
-        print(f"{args.source}: {count:,} pictures of {len(folder.classes):,} classes{left_out}")
+        print(f"{args.source}: {count:,} pictures of {len(folder.classes):,} classes")
     meta = pixel_meta(
         count=count * (1 + args.flip), shape=[3, args.size, args.size], classes=folder.classes,
         mirrored=args.flip, files=folder.fingerprint, source=str(args.source),
@@ -678,13 +687,16 @@ def main(args):
 
 def run_script(main, args):
     """main(args), but an error of the disk or the system ends the script with one line."""
+    for stream in (sys.stdout, sys.stderr):  # names that ASCII does not have
+        stream.reconfigure(errors="backslashreplace")
     try:
         main(args)
     except Exception as error:
         cause = error if isinstance(error, OSError) else error.__context__  # torch.save hides it
         if not isinstance(cause, OSError):
             raise
-        where = cause.filename or vars(args).get("out") or vars(args).get("save")
+        written = (vars(args).get(name) for name in ("export", "out", "save"))
+        where = cause.filename or next(filter(None, written), "output")
         fail(f"{where}: {cause.strerror or cause}")
 
 
@@ -693,8 +705,8 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         fail(f"torch {torch.__version__}: 2.11 is needed; bfloat16 trains wrongly on older ones")
     rank, world, local = (of_job(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if not 0 <= rank < world or (world > 1 and not {"RANK", "MASTER_ADDR"} <= os.environ.keys()):
-        fail(f"RANK {rank} of WORLD_SIZE {world} is no rank of a job: use torchrun, or unset both")
+    if not 0 <= rank < world or (world > 1 and JOB - os.environ.keys()):
+        fail(f"RANK {rank} of WORLD_SIZE {world}: no job that torchrun started; unset them")
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", local)
@@ -791,10 +803,14 @@ class Background:
 def replace_file(path, write):
     """All or nothing: readers of `path` find the old file or the whole new one. write(file)."""
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # a full disk needs it
+        raise
     os.replace(temporary, path)
 
 
@@ -852,7 +868,7 @@ def save_png(image, path):
 
 def made_here(path):
     """Whether save_png made this file, so that it may be replaced."""
-    with suppress(OSError), Image.open(path) as image:
+    with suppress(Exception), Image.open(path) as image:
         return image.info.get("Software") == MADE_HERE
     return False
 

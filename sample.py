@@ -157,12 +157,13 @@ def main(args):
     record = folder / "settings.json"
     complete, ours = kind == ".npz" and out.exists(), True
     if complete:
-        with np.load(out) as file:
-            ours = file.get("settings") == settings
+        ours = False
+        with suppress(Exception), np.load(out) as file:
+            ours = str(file["settings"]) == settings
     elif rank == 0:
         held = lock(folder)
-        if any(path.suffix in (".png", ".npy") for path in folder.iterdir()):
-            ours = record.exists() and record.read_text() == settings
+        if any(path.suffix in (".png", ".npy", ".json") for path in folder.iterdir()):
+            ours = record.exists() and record.read_bytes() == settings.encode()
     if not ours:
         where = out if complete else folder
         fail(f"--out {where} holds other pictures; remove it or name another")

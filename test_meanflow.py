@@ -1171,6 +1171,7 @@ def names_in(folder, *names):
 
 def test_what_a_folder_holds_and_what_is_left_out_is_said(tmp_path, capsys):
     names = ["a/1.jfif", "b/2.tga", "c/3.pgm", "d/notes.txt", "e/4", "f/.5.png", "@eaDir/6.png"]
+    names += ["#1/9.png", "c/meta.json"]
     root = names_in(tmp_path / "in", *names, "$RECYCLE.BIN/7.png", "b/.hidden/8.png")
     (root / "empty").mkdir()
     inside = prepare(names_in(tmp_path / "other", "1.png"), root / "old set", "--size", 8)
@@ -1178,13 +1179,13 @@ def test_what_a_folder_holds_and_what_is_left_out_is_said(tmp_path, capsys):
     capsys.readouterr()
     for _ in range(2):  # the second finds the first's dataset, and continues it
         data = prepare(root, root / "set", "--size", 8)
-        assert data.meta["classes"] == ["a", "b", "c"]
-        line = capsys.readouterr().out.splitlines()[0]
-        assert line.startswith(f"{root}: 3 pictures of 3 classes; left out: ")
-        left_out = set(line.split("left out: ")[1].split(", "))
-        assert left_out >= {"4 hidden or a system's", "1 empty folders", "1 .txt"}
+        assert data.meta["classes"] == ["#1", "a", "b", "c"]
+        line, count = capsys.readouterr().out.splitlines()[:2]
+        assert count == f"{root}: 4 pictures of 4 classes"
+        left_out = set(line.split(": left out ")[1].split(", "))
+        assert left_out >= {"4 hidden or system files", "1 empty folders", "1 .txt"}
         assert left_out >= {"1 files without a suffix"}
-        assert left_out & {"1 datasets of this script", "2 datasets of this script"}
+        assert left_out & {"1 datasets", "2 datasets"}
 
 
 def test_folders_that_cannot_be_walked_are_refused(tmp_path, monkeypatch):
@@ -1211,7 +1212,8 @@ def test_folders_that_cannot_be_walked_are_refused(tmp_path, monkeypatch):
         prepare(root, tmp_path / "other", "--size", 8)
 
 
-def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, capsys):
+@pytest.mark.parametrize("lost", [False, True])
+def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, capsys, lost):
     for name in "12":
         Image.new("L", (20, 9), 77).save(tmp_path / f"{name}.png")
     (tmp_path / "3.png").write_text("no picture")
@@ -1220,9 +1222,12 @@ def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, 
         prepare(*flags)
     with pytest.raises(SystemExit, match="is unfinished; run"):
         prepare_latents.Dataset(tmp_path / "set")
+    if lost:  # as where the disk was full while they were made
+        (tmp_path / "set" / "images.npy").unlink()
+        (tmp_path / "set" / "labels.npy").unlink()
     data = prepare(*flags, "--skip-unreadable")
     out, err = capsys.readouterr()
-    assert re.search("[12] of 3 pictures are done already", out)
+    assert lost or re.search("[12] of 3 pictures are done already", out)
     assert re.search(r"skipped: .*3\.png", err)
     assert (len(data), data.images[:2].min(), data.images[:2].max()) == (2, 77, 77)
     (tmp_path / "bad").mkdir()
@@ -1357,7 +1362,7 @@ def test_another_vae_shows_by_its_spread_and_a_damaged_one_is_refused(tmp_path, 
         state | {"encoder.conv_in.bias": state["encoder.conv_in.bias"] * np.nan},
         tmp_path / "vae.pt",
     )
-    with pytest.raises(SystemExit, match="latents that are not numbers: are its weights damaged"):
+    with pytest.raises(SystemExit, match="latents that are no numbers: are its weights damaged"):
         prepare(tmp_path / "in", tmp_path / "other", *flags)
 
 
@@ -1924,6 +1929,8 @@ def bad_input(tmp_path_factory, glyphs, checkpoint, inception):
         Path("last.pt").symlink_to(checkpoint)
         torch.save(torch.load(checkpoint) | {"format": 1}, "older.pt")
         Path("exported").mkdir()
+        Path("project").mkdir()
+        Path("project/settings.json").write_text("{}")
         torch.save(exported(torch.load(checkpoint)), "exported/last.pt")
         torch.save(public_weights("SiT", "tiny", 1, 16, 5), "five.pt")
         Path("inception.pth").symlink_to(inception)
@@ -1961,6 +1968,7 @@ BAD_INPUT = [
     (2, "sample last.pt --export last.pt", "--export last.pt exists; name another"),
     (2, "sample last.pt --export good", "--export good exists; name another"),
     (2, "sample last.pt --out images/a/1.png", "images/a/1.png exists and is no .png of this"),
+    (1, "sample last.pt --out project", "--out project holds other pictures; remove it or name"),
     (2, "fid images.npz --save stats.npz", "--save stats.npz exists; name another"),
     (1, "prepare_latents images --size 8 --out taken", "taken holds a preview.png without its"),
     (1, "train --out taken", "taken/progress.png was not made here; name another --out"),
@@ -2031,10 +2039,10 @@ def test_bad_input_is_refused_in_one_line(bad_input, monkeypatch, capsys, code, 
 @pytest.mark.parametrize(
     ("environment", "words"),
     [
-        (dict(RANK="1"), "RANK 1 of WORLD_SIZE 1 is no rank of a job"),
-        (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="x"), "RANK 2 of WORLD_SIZE 2 is no rank"),
-        (dict(WORLD_SIZE="2", MASTER_ADDR="x"), "RANK 0 of WORLD_SIZE 2 is no rank"),
-        (dict(RANK="0", WORLD_SIZE="2"), "RANK 0 of WORLD_SIZE 2 is no rank"),
+        (dict(RANK="1"), "RANK 1 of WORLD_SIZE 1: no job"),
+        (dict(RANK="2", WORLD_SIZE="2", MASTER_ADDR="x"), "RANK 2 of WORLD_SIZE 2: no job"),
+        (dict(WORLD_SIZE="2", MASTER_ADDR="x"), "RANK 0 of WORLD_SIZE 2: no job"),
+        (dict(RANK="0", WORLD_SIZE="2"), "RANK 0 of WORLD_SIZE 2: no job"),
         (dict(RANK="-1"), "RANK is -1"),
         (dict(WORLD_SIZE="0"), "WORLD_SIZE is 0"),
     ],
@@ -2601,14 +2609,20 @@ def test_a_run_touches_only_files_of_its_own(glyphs, tmp_path):
     own, names = tmp_path / "o", ["1.png", "00000001.png", "._00000002.png", "00000002 (copy).png"]
     names_in(own / "samples", *names)
     (own / "samples" / "00000009.png").write_bytes(b"")
-    (own / "metrics.jsonl").write_text('{"epoch": 3}\n')
+    (own / "metrics.jsonl").write_text('{"epoch": 3}\n\n# mine\n')
     others = {path: path.read_bytes() for path in own.rglob("*.*")}
     for steps in (2, 4):
         run(glyphs, own, "--steps", steps, "--sample-every", 1)
     for path, content in others.items():
         assert path.read_bytes().startswith(content)
-    assert [row.get("step") for row in metrics(own)] == [None, 1, 2, 3, 4]
-    assert Image.open(own / "progress.png").height == 4 * 64  # of steps 0, 2, 3 and 4
+    rows = (own / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(row)["step"] for row in rows[3:]] == [1, 2, 3, 4]
+    cut = '{"step": 4, "lo'
+    (own / "metrics.jsonl").write_text("\n".join([*rows[:-1], cut]))
+    run(glyphs, own, "--steps", 5, "--sample-every", 1)  # after a kill while a row was written
+    again = (own / "metrics.jsonl").read_text().splitlines()
+    assert [row[:11] for row in again[3:]] == [f'{{"step": {i},' for i in (1, 2, 3, 5)]
+    assert Image.open(own / "progress.png").height == 5 * 64  # of steps 0, 2, 3, 4 and 5
 
 
 def test_sampling_leaves_what_is_not_its_own(checkpoint, tmp_path):

@@ -292,7 +292,7 @@ def main(args):
     stateful = {"net": net, "ema": ema, "optimizer": optimizer, "dtd": schedule.dtd}
     if saved:
         for name, part in stateful.items():
-            part.load_state_dict(saved[name])
+            part.load_state_dict(copy.deepcopy(saved[name]))  # or Adam's keeps the file open
         if saved["micro"] != split.micro:
             say(f"note: micro-batches of {split.micro}, not {saved['micro']}: other noise from now")
         del saved
@@ -407,10 +407,10 @@ def open_data(args, rank, trains):
 
 
 def tell(caught, text):
-    """Print; where nobody reads any more, as after `| head`, that counts as a signal."""
+    """Print; where nobody reads any more (`| head`, a lost terminal), that counts as a signal."""
     try:
         print(text, flush=True)
-    except BrokenPipeError:
+    except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         caught.append(signal.SIGPIPE)
 
@@ -694,15 +694,15 @@ class Report:
 
 def forget_after(out, step):
     """Drop metrics and pictures after `step`, from which a run resumes."""
-    if (out / "progress.png").exists() and not made_here(out / "progress.png"):
+    if not step and (out / "progress.png").exists() and not made_here(out / "progress.png"):
         fail(f"{out / 'progress.png'} was not made here; name another --out")
-    path, kept = out / "metrics.jsonl", []
-    for row in path.read_text().splitlines() if path.exists() else []:
-        at = re.match(r'{"step": (\d+)', row)
-        if not row.endswith("}") or (at and int(at[1]) > step):  # cut by a kill, or later
-            break
-        kept.append(row + "\n")
-    replace_file(path, lambda file: file.write("".join(kept).encode()))
+    path = out / "metrics.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if rows and not rows[-1].endswith((b"\n", b"}")):  # cut by a kill
+        rows.pop()
+    steps = [re.match(rb'{"step": (\d{1,18})\b', row) for row in rows]
+    kept = [row for row, at in zip(rows, steps, strict=True) if not at or int(at[1]) <= step]
+    replace_file(path, lambda file: file.writelines(row.rstrip(b"\n") + b"\n" for row in kept))
     for picture in grids(out / "samples"):
         if int(picture.stem) > step or step == 0:
             picture.unlink()
@@ -715,7 +715,8 @@ def grids(samples):
 
 def save_progress(samples, path, rows=10):
     """One picture of training: the first row of up to `rows` grids in samples/, oldest on top."""
-    files = grids(samples)
+    if not (files := grids(samples)):
+        return
     picks = np.unique(np.linspace(0, len(files) - 1, rows).round().astype(int))
     pictures = [Image.open(files[i]) for i in picks]
     margin, width, tile = 80, pictures[0].width, pictures[0].height // GRID_ROWS
