@@ -391,15 +391,14 @@ def load(path, conditioning="t,t-r"):
     Public weights give a dict with the keys of a checkpoint. Those of flow matching, which know t
     alone, take the `conditioning` asked for. Ends the script where a file does not fit.
     """
-    checkpoint = load_file(path)
+    checkpoint, kind = load_file(path), "ours"
+    public = {"x_embedder.proj.weight": from_dit, "map_layer0.weight": from_unet}
     try:
-        if ours := {"ema", "meta"} <= checkpoint.keys():
+        if {"ema", "meta"} <= checkpoint.keys():
             checkpoint = read_checkpoint(path)
         else:
-            state, entry = weights_in(
-                checkpoint, path, "x_embedder.proj.weight", "map_layer0.weight"
-            )
-            convert = from_unet if "map_layer0.weight" in state else from_dit
+            state, entry = weights_in(checkpoint, path, *public)
+            (convert,) = (public[name] for name in public if name in state)
             kind, args, meta, state = convert(state, path, conditioning)
             note = f"note: {path} is taken for {kind}: {args['model']}, conditioned on "
             note += f"{args['conditioning']}; weights: {entry}"
@@ -407,7 +406,7 @@ def load(path, conditioning="t,t-r"):
         args = checkpoint["args"]
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
         load_strictly(net, checkpoint["ema"], path)
-        if not ours and kind.startswith("SiT") and predicts_noise(net):
+        if kind == "SiT's velocity" and predicts_noise(net):
             fail(f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does")
     except Exception as error:  # what a file lacks shows in many ways
         fail(f"{path}: model.py has no network with such weights ({error!r:.200})")
@@ -518,7 +517,7 @@ def from_unet(state, path, conditioning):
 
 
 class Skipped(dict):
-    """Stands in for any object in a file that is not a tensor or plain data; nothing is called."""
+    """Stands in for all that torch does not read in a file: its classes are not made or called."""
 
     __init__ = __setstate__ = append = extend = lambda *_: None
     __hash__ = object.__hash__
@@ -561,27 +560,26 @@ def advice(path):
 
 
 def weights_in(found, path, *anchors):
-    """({name: tensor} of a network in a dict by `load_file`, the name of the entry).
+    """({name: tensor} of a network in a dict by `load_file`, the name of the entry that held it).
 
-    Each network that is sought has a weight named as one of `anchors`; what stands in front of all
-    names (DDP's module., Lightning's model.) and what wrappers put inside is taken off. Of several
-    sets of weights, as training scripts save them, it is the average.
+    A network is found by a weight that has the name of one of `anchors`. What stands in front of
+    all its names (DDP's module., Lightning's model.), or what wrappers put inside, is taken off. Of
+    several sets of weights, as training scripts save them, the averaged one is taken.
     """
     sets, dicts, entries = {}, [("", found)], {}
     for where, inner in dicts:  # grows meanwhile, by the dicts inside but for optimisers
         for name, value in inner.items():
             entries[f"{where}{name}"] = value
-            if isinstance(value, dict) and not str(name).startswith("opt"):
-                dicts += [(f"{where}{name}.", value)] if len(dicts) < 1000 else []
+            if isinstance(value, dict) and not str(name).startswith("opt") and len(dicts) < 1000:
+                dicts.append((f"{where}{name}.", value))
         state = {WRAPPER.sub("", str(name)): v for name, v in inner.items() if torch.is_tensor(v)}
         counts = [name for name in state if name.endswith("n_averaged")]  # by AveragedModel
         averaged = tuple(name.removesuffix("n_averaged") + "module." for name in counts)
         fronts = [name.removesuffix(a) for name in state for a in anchors if name.endswith(a)]
         for front in fronts:
-            longer = tuple(other for other in fronts if len(other) > len(front))
-            ours = [k for k in state if k.startswith(front) and not k.startswith(longer)]
             entry = (where + front).strip(".") + "(average)" * front.startswith(averaged)
-            sets[entry or "all"] = {k.removeprefix(front): state[k] for k in ours}
+            ours = {k.removeprefix(front): v for k, v in state.items() if k.startswith(front)}
+            sets[entry or "all"] = ours
     if not sets:
         names = ", ".join(name for name, value in entries.items() if torch.is_tensor(value))
         fail(f"{path} has {names[:99] or 'no tensor'} ... but no {' or '.join(anchors)}")
@@ -607,7 +605,7 @@ def read_safetensors(path):
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
         if entry["dtype"] not in SAFETENSORS or begin == end:
-            continue  # no network here has such weights
+            continue  # of a type or size that no network here has
         if not 0 <= begin <= end <= len(data):
             raise ValueError(f"{name} does not lie within the file")
         # Copied, since nothing aligns a tensor to its element size.

@@ -51,14 +51,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from model import (
-    LATENT_SCALE, conv, fail, fingerprint, load_file, load_strictly, norm, weights_in,
+    LATENT_SCALE, PIXELS, conv, fail, fingerprint, load_file, load_strictly, norm, weights_in,
 )  # fmt: skip
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
 HANGS_AFTER = 600  # seconds in which a process reads no batch
-MADE_HERE = "MeanFlow"  # in a PNG's text
-JOB = {"RANK", "MASTER_ADDR", "MASTER_PORT"}  # what torchrun tells each rank
+MADE_HERE = "MeanFlow"  # in the text of a PNG that may be replaced
 DRAFT = "unfinished.json"  # becomes meta.json when every row is written
 IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
 SYSTEM_NAMES = re.compile(
@@ -122,8 +121,7 @@ class Dataset:
 
 def pixel_meta(**entries):
     """meta.json of a dataset of pixels."""
-    defaults = dict(dtype="uint8", scale=1 / 127.5, shift=-1.0, vae=None, mirrored=False)
-    return dict(format=FORMAT) | defaults | entries
+    return dict(format=FORMAT, dtype="uint8", mirrored=False) | PIXELS | entries
 
 
 def network_input(stored, meta, generator=None):
@@ -199,8 +197,7 @@ class DatasetWriter:
         if not self.complete and not labels.exists():
             empty = np.full(meta["count"], EMPTY, np.int32)
             replace_file(labels, lambda file: np.save(file, empty))
-        self.images = np.load(self.out / "images.npy", mmap_mode="r")
-        self.labels = np.load(self.out / "labels.npy", mmap_mode="r")
+        self.images, self.labels = np.load(images, mmap_mode="r"), np.load(labels, mmap_mode="r")
 
     def write(self, first, images, labels):
         """Rows first, first + 1, ... of this process: images as stored, and labels.
@@ -287,17 +284,18 @@ def image_files(folder):
 
     paths, left_out = [], Counter()
     for top, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
-        top, inside = Path(top), [*folders, *names]
+        top = Path(top)
         if top.is_symlink() and any(top.samefile(parent) for parent in top.parents):
             fail(f"{top} is a link to a folder around it; remove it")
         if top != Path(folder) and {"images.npy", "labels.npy"} <= {*names}:
             left_out["datasets"] += 1
             folders.clear()
             continue
-        folders[:] = [name for name in folders if not SYSTEM_NAMES.fullmatch(name)]
-        left_out["hidden or system files"] += sum(map(bool, map(SYSTEM_NAMES.fullmatch, inside)))
-        left_out["empty folders"] += not inside
-        for path in (top / name for name in names if not SYSTEM_NAMES.fullmatch(name)):
+        left_out["empty folders"] += not folders + names
+        hidden = {name for name in folders + names if SYSTEM_NAMES.fullmatch(name)}
+        left_out["hidden or system files"] += len(hidden)
+        folders[:] = [name for name in folders if name not in hidden]
+        for path in (top / name for name in names if name not in hidden):
             if path.suffix.lower() in IMAGE_SUFFIXES:
                 paths.append(path)
             elif path.exists():
@@ -665,15 +663,14 @@ def main(args):
                 if not args.skip_unreadable:
                     fail(f"{fault}; replace it or pass --skip-unreadable")
                 print(f"skipped: {fault}", file=sys.stderr)
+            rows = stored(pixels)
             if vae and batch[0] == 0:
-                mean, std = np.split(stored(pixels).astype(np.float64), 2, axis=1)
+                mean, std = np.split(rows.astype(np.float64), 2, axis=1)
                 spread = LATENT_SCALE * (mean.var() + np.square(std).mean()) ** 0.5
-                print(
-                    f"{args.out}: latents have a standard deviation of {spread:.2f}; it should be 1"
-                )
+                print(f"{args.out}: standard deviation of latents {spread:.2f}; it should be 1")
             if args.flip:  # first: a label in the first half implies that both rows are written
                 background(writer.write, count + batch[0], stored(pixels[..., ::-1]), labels)
-            background(writer.write, batch[0], stored(pixels), labels)
+            background(writer.write, batch[0], rows, labels)
             progress(len(batch))
         background.wait()
     wait_for_all()
@@ -705,7 +702,8 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the
     if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
         fail(f"torch {torch.__version__}: 2.11 is needed; bfloat16 trains wrongly on older ones")
     rank, world, local = (of_job(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    if not 0 <= rank < world or (world > 1 and JOB - os.environ.keys()):
+    untold = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
+    if not 0 <= rank < world or (world > 1 and untold):
         fail(f"RANK {rank} of WORLD_SIZE {world}: no job that torchrun started; unset them")
     device = torch.device("cpu")
     if torch.cuda.is_available():

@@ -162,7 +162,7 @@ def main(args):
             ours = str(file["settings"]) == settings
     elif rank == 0:
         held = lock(folder)
-        if any(path.suffix in (".png", ".npy", ".json") for path in folder.iterdir()):
+        if record.exists() or any(path.suffix in (".png", ".npy") for path in folder.iterdir()):
             ours = record.exists() and record.read_bytes() == settings.encode()
     if not ours:
         where = out if complete else folder

@@ -262,8 +262,7 @@ def main(args):
     if rank == 0 and trains:
         (out / "samples").mkdir(parents=True, exist_ok=True)
         lock(out)
-    resumes = last.exists() and not args.bench
-    saved = read_last(last, args, data and meta, steps) if resumes else None
+    saved = None if args.bench else read_last(last, args, data and meta, steps)
     start = saved["step"] if saved else 0
 
     # What is trained: the network, its running average, the optimiser; and the schedule.
@@ -434,7 +433,9 @@ class Split:
 
 
 def read_last(path, args, meta, steps):
-    """The run's last checkpoint; ends the script where another command made it."""
+    """The run's last checkpoint, if any; ends the script where another command made it."""
+    if not path.exists():
+        return None
     saved = read_checkpoint(path)
     if "optimizer" not in saved:
         fail(f"{path} holds only the network: name it as --init-from, and another --out")
@@ -465,12 +466,12 @@ def build_network(args, meta, saved, say):
     """The network of --model, or in a new run that of --init-from, if it is the same."""
     if args.init_from and not saved:
         net, given = load(args.init_from, args.conditioning)
-        sizes, (one, other) = CONFIGS | UNETS, (given["meta"], meta)
+        sizes, was = CONFIGS | UNETS, given["meta"]
         for what, theirs, ours in [
             ("--model", given["args"]["model"], args.model),  # XL/2 and XL/2+ are one network
             ("--conditioning", given["args"]["conditioning"], args.conditioning),
-            ("the number of classes", len(one["classes"]), len(other["classes"])),
-            ("pictures", str(one["shape"]), str(other["shape"])),
+            ("the number of classes", len(was["classes"]), len(meta["classes"])),
+            ("pictures", str(was["shape"]), str(meta["shape"])),
         ]:
             if sizes.get(theirs, theirs) != sizes.get(ours, ours):
                 fail(f"--init-from {args.init_from} has {what} {theirs}, and this run {ours}")
@@ -521,9 +522,8 @@ def load_batches(args, data, split, start, steps, device):
     def read(step):
         keys = ((step, chunk, split.micro, args.batch_size) for chunk in split.chunks)
         found = [data[chunk_indices(*key, len(data), args.seed)] for key in keys]
-        return (
-            [[a.pin_memory() for a in pair] for pair in found] if device.type == "cuda" else found
-        )
+        cuda = device.type == "cuda"
+        return [[a.pin_memory() for a in pair] for pair in found] if cuda else found
 
     pool, ahead = ThreadPool(args.workers), deque()  # its threads never keep Python from ending
     for step in range(start, steps if data else start):
@@ -633,11 +633,9 @@ class Report:
         rows = torch.stack(self.history).cpu()
         if len(bad := (~rows.isfinite().all(1)).nonzero()):
             at = step - len(rows) + int(bad[0])
-            fail(
-                f"loss or gradient not finite at step {at:,}, learning rate {learning_rate(at):g}; "
-                f"the last checkpoint is of step {self.saved_at:,}; try a lower --lr in another "
-                "--out"
-            )
+            rate = f"not finite at step {at:,}, learning rate {learning_rate(at):g}"
+            last = f"the last checkpoint is of step {self.saved_at:,}"
+            fail(f"loss or gradient {rate}; {last}; try a lower --lr in another --out")
         sums, counts = rows[:, 4:].sum(0).view(2, len(GAPS))
         names = ["loss", "v_error", "u_error", "grad_norm", *(f"u_error_{gap}" for gap in GAPS)]
         means = zip(names, [*rows[:, :4].mean(0).tolist(), *(sums / counts).tolist()], strict=True)
@@ -792,11 +790,8 @@ def bench(args, net, objective, schedule, split, update, autocast, meta, batches
                     run()
                 kernels = [k for k in profiler.key_averages() if k.device_type == DeviceType.CUDA]
                 gpu[name] = memory, sum(kernel.self_device_time_total for kernel in kernels) / 1e6
-            counter, eager = (
-                FlopCounterMode(display=False),
-                torch.compiler.set_stance("force_eager"),
-            )
-            with eager, sdpa_kernel(SDPBackend.MATH), counter:
+            counter = FlopCounterMode(display=False)
+            with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), counter:
                 run()
             flops[name] = counter.get_total_flops() / 1e12
         except torch.OutOfMemoryError:

@@ -2,18 +2,18 @@
 
     python docs/two_dimensions.py                       docs/average_velocity.png and .gif
     python docs/two_dimensions.py --runs checkerboard   trains, appends to docs/two_dimensions.csv
-    python docs/two_dimensions.py --table               what is in it, and docs/improved.png
+    python docs/two_dimensions.py --table               prints what is in it
 
-The data are points x_i. Then the marginal velocity v(z, t) = E[e - x | z] is a closed form, its
-flow from noise (t = 1) to data (t = 0) an ODE, and the exact average velocity of the whole way is
-u(e, 0, 1) = e - flow(e). So the errors of a network are plain mean squares.
+The data are 2,000 points x_i, and e is noise. So the marginal velocity v(z, t) = E[e - x | z] is a
+closed form, its flow from noise (t = 1) to data (t = 0) an ODE, and the average velocity of the
+whole way is u(e, 0, 1) = e - flow(e): the errors of a network are plain mean squares.
 """
 
 import argparse
 import csv
 import math
 import sys
-from itertools import pairwise, product
+from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -36,6 +36,7 @@ ROWS = {
 }  # fmt: skip
 SETTINGS = ["set", "row", "steps", "rate", "p", "cap", "dtd times", "seed"]
 MEASURES = ["one step", "two steps", "Euler", "v"]
+COLOURS = ["tab:blue", "tab:red", "tab:green"]
 
 # ---------------------------------------------------------------------------- exact fields
 
@@ -65,7 +66,7 @@ def velocity(z, t, data):
 def flow(z, data, steps=200, start=1.0, end=1e-3):
     """z (B, 2) carried from t = start to end by Runge and Kutta: the path, (steps + 1, B, 2)."""
     path, roots = [z], torch.linspace(start**0.5, end**0.5, steps + 1, dtype=torch.float64)
-    times = roots**2
+    times = roots**2  # shorter steps near the data
     for t, h in zip(times, times.diff(), strict=False):
         k1 = velocity(z, t, data)
         k2 = velocity(z + h / 2 * k1, t + h / 2, data)
@@ -105,9 +106,10 @@ class Network(nn.Module):
 
     def __init__(self, width=128):
         super().__init__()
-        sizes = pairwise([20, width, width, width, 2])
-        layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.SiLU())]
-        self.layers = nn.Sequential(*layers[:-1])
+        self.layers = nn.Sequential(
+            nn.Linear(20, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(),
+            nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2),
+        )  # fmt: skip
 
     def forward(self, z, r, t, y):
         times = torch.stack([t, t - r], 1)  # (B, 2)
@@ -153,76 +155,48 @@ def draw(net, e, *how):
 
 def append_runs(args, judge=None):
     """Train what is not yet in the table, a line a run."""
-    known = {tuple(line)[: len(SETTINGS)] for line in csv.reader(args.csv.read_text().splitlines())}
+    known = [line[: len(SETTINGS)] for line in read_csv(args.csv)]
     for seed, steps, row in product(range(*args.seeds), args.steps, args.rows):
         own = (args.cap, args.dtd_times) if "DTD" in row else ("", "")
-        settings = args.runs, row, steps, args.rate, args.p, *own, seed
-        if tuple(map(str, settings)) not in known:
+        settings = [*map(str, (args.runs, row, steps, args.rate, args.p, *own, seed))]
+        if settings not in known:
             judge = judge or Judge(points(args.runs))
             how = row, args.rate, args.p, args.cap, args.dtd_times
             errors = judge(train(points(args.runs), seed, steps, *how))
             with open(args.csv, "a") as file:
-                file.write(",".join([*map(str, settings), *(f"{e:.5g}" for e in errors)]) + "\n")
+                file.write(",".join([*settings, *(f"{error:.5g}" for error in errors)]) + "\n")
+
+
+def read_csv(path):
+    return [*csv.reader(path.read_text().splitlines())][1:]
 
 
 def ratios(path):
     """{settings without the seed: array (runs, measures)} of errors divided by MeanFlow's."""
-    lines = [*csv.reader(path.read_text().splitlines())][1:]
-    lines = {tuple(line[: len(SETTINGS)]): line for line in lines}
-    found = {}
-    for key, line in lines.items():
-        plain = lines.get((key[0], "MeanFlow", *key[2:5], "", "", key[-1]))
-        if plain and key[1] != "MeanFlow":
-            pairs = zip(line, plain, strict=True)
-            quotients = [float(a) / float(b) for a, b in [*pairs][len(SETTINGS) :]]
-            found.setdefault(key[:-1], []).append(quotients)
+    width, found = len(SETTINGS), {}
+    errors = {tuple(line[:width]): np.float64(line[width:]) for line in read_csv(path)}
+    for key, error in errors.items():
+        plain = key[0], "MeanFlow", *key[2:5], "", "", key[-1]
+        if plain in errors and plain != key:
+            found.setdefault(key[:-1], []).append(error / errors[plain])
     return {key: np.array(value) for key, value in found.items() if len(value) > 1}
 
 
 def mean_and_error(ratio):
     """Geometric mean and its standard error over the runs: (measures,) each."""
-    logs = np.log(ratio)
-    mean = np.exp(logs.mean(0))
-    return mean, mean * logs.std(0, ddof=1) / len(logs) ** 0.5
+    mean, spread = np.exp(np.log(ratio).mean(0)), np.log(ratio).std(0, ddof=1)
+    return mean, mean * spread / len(ratio) ** 0.5
 
 
-def show_table(args):
-    """Print every kind of run as Markdown; draw those on the checkerboard by their length."""
-    found = ratios(args.csv)
+def print_table(path):
+    """Every kind of run, as Markdown."""
     print("|", " | ".join([*SETTINGS[:-1], "runs", *MEASURES]), "|\n" + "| --- " * 12 + "|")
-    for key, ratio in sorted(found.items()):
+    for key, ratio in sorted(ratios(path).items()):
         cells = [f"{m:.2f} ± {e:.2f}" for m, e in zip(*mean_and_error(ratio), strict=True)]
         print("|", " | ".join([*key, str(len(ratio)), *cells]), "|")
-    axes = plt.subplots(1, 3, figsize=(10, 3.2), layout="constrained", sharey=True)[1]
-    for i, axis in enumerate(axes):
-        for row in [*ROWS][1:]:
-            own = ("0.2", "both") if "DTD" in row else ("", "")
-            keys = {int(k[2]): k for k in found if k[:2] == ("checkerboard", row)
-                    and k[3:] == ("constant", "1.0", *own)}  # fmt: skip
-            bars = [
-                (n, *(part[i] for part in mean_and_error(found[keys[n]]))) for n in sorted(keys)
-            ]
-            if bars:
-                axis.errorbar(*zip(*bars, strict=True), marker="o", capsize=3, label=row)
-        axis.axhline(1, color="black", lw=0.8)
-        axis.set(title=MEASURES[i], xscale="log", xlabel="training steps")
-    axes[0].set_ylabel("error / MeanFlow's")
-    axes[0].legend(fontsize=8)
-    plt.savefig(args.out / "improved.png", dpi=100)
 
 
 # ---------------------------------------------------------------------------- the picture
-
-
-def panes(titles, data):
-    """Axes side by side, each with the data in grey."""
-    axes = plt.subplots(1, len(titles), figsize=(3.4 * len(titles), 4.1), layout="constrained")[1]
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set(
-            xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal", xticks=[], yticks=[], title=title
-        )
-        axis.plot(*data[:600].T, ".", ms=2, color="#cccccc")
-    return axes
 
 
 def draw_average_velocity(out, steps, count=20):
@@ -232,29 +206,30 @@ def draw_average_velocity(out, steps, count=20):
     """
     data, g = points("three gaussians"), torch.Generator().manual_seed(2)
     e = torch.randn(700, 2, generator=g).double()
-    e = e[e.abs().amax(1) < 2.4][:600]
-    net = train(data, 0, steps, "MinSNR + beta", "falling", p=0.0)
-    path, jump = flow(e, data), torch.stack([e, draw(net, e)])
-    ways = path, torch.stack([e, e - velocity(e, 1.0, data)]), jump
+    e = e[e.abs().amax(1) < 2.4][:600]  # what the axes show
+    path, net = flow(e, data), train(data, 0, steps, "MinSNR + beta", "falling", p=0.0)
+    ends = path[-1], e - velocity(e, 1.0, data), draw(net, e)
     titles = [
         "the flow:\n200 steps of its velocity v",
         "one step of v(ε, t = 1):\nthe mean of the data",
+        "one step of the average velocity\nu(ε, r = 0, t = 1), trained",
     ]
-    titles += ["one step of the average velocity\nu(ε, r = 0, t = 1), trained"]
-    colours = ["tab:blue", "tab:red", "tab:green"]
-    for axis, way, colour in zip(panes(titles, data), ways, colours, strict=True):
+    figure, axes = plt.subplots(1, 3, figsize=(10.2, 4.1), layout="constrained")
+    dots, frames = [], []
+    for axis, end, title, colour in zip(axes, ends, titles, COLOURS, strict=True):
+        way = path if end is ends[0] else torch.stack([e] * 100 + [end] * 101)  # a jump half-way
+        axis.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal", xticks=[], yticks=[])
+        axis.set_title(title)
+        axis.plot(*data[:600].T, ".", ms=2, color="#cccccc")
         axis.plot(*way[:, :count].permute(2, 0, 1), color=colour, lw=1)
         axis.plot(*e[:count].T, "o", ms=4, mfc="none", color="black")
-        axis.plot(*way[-1].T, ".", ms=2.5, color=colour)
-    plt.savefig(out / "average_velocity.png", dpi=100)
-
-    axes, frames = panes(["many steps of v", "one step of u"], data), []
-    dots = [axes[i].plot([], [], ".", ms=4, color=colours[2 * i])[0] for i in range(2)]
+        dots.append((axis.plot(*end.T, ".", ms=2.5, color=colour)[0], way))
+    figure.savefig(out / "average_velocity.png", dpi=100)
     for i in [*range(0, 201, 8), *[200] * 10]:
-        dots[0].set_data(*path[i, :300].T)
-        dots[1].set_data(*jump[int(i >= 100), :300].T)
-        axes[0].figure.canvas.draw()
-        frames.append(Image.fromarray(np.asarray(axes[0].figure.canvas.buffer_rgba())).quantize(32))
+        for dot, way in dots:
+            dot.set_data(*way[i].T)
+        figure.canvas.draw()
+        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).quantize(32))
     options = dict(save_all=True, append_images=frames[1:], duration=100, loop=0)
     frames[0].save(out / "average_velocity.gif", **options)
 
@@ -263,7 +238,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--runs", choices=KINDS, help="train on this set, and append a line a run to the table")
-    add("--table", action="store_true", help="print the means of the table and draw them")
+    add("--table", action="store_true", help="print the means of the table")
     add("--csv", type=Path, default=HERE / "two_dimensions.csv", help="the table")
     add("--out", type=Path, default=HERE, help="folder of the pictures")
     add("--rows", nargs="+", choices=ROWS, default=[*ROWS], help="of arXiv 2511.19065v2, Tab. 3")
@@ -277,7 +252,7 @@ def main(argv=None):
     if args.runs:
         append_runs(args)
     elif args.table:
-        show_table(args)
+        print_table(args.csv)
     else:
         draw_average_velocity(args.out, args.steps[0])
 
