@@ -33,6 +33,8 @@ class Objective:
     omega, kappa: guidance inside the target, Eq. 21; the effective scale is omega / (1 - kappa).
     Guidance applies where t is in cfg_interval and the label is not null_label.
     tangent: (dr, dt) of the JVP; values other than (0, 1) are for the ablation of Tab. 1b.
+    jvp_velocity: the JVP goes along v~ ("target"), or ("network") along the network's own velocity
+    u(z, t, t | y), which has less variance (arXiv 2512.02012, Sec. 4); the target keeps v~.
     p, c: adaptive weight, Eq. 22. differs: c = 1e-3 as in the paper; the JAX code has 0.01.
     """
 
@@ -41,12 +43,18 @@ class Objective:
     kappa: float = 0.0
     cfg_interval: tuple = (0.0, 1.0)
     tangent: tuple = (0.0, 1.0)
+    jvp_velocity: str = "target"
     p: float = 1.0
     c: float = 1e-3
 
     @property
     def guided(self):
         return (self.omega, self.kappa) != (1, 0)
+
+    @property
+    def needs_velocity(self):
+        """Whether a step needs u(z, t, t | y) where r < t."""
+        return self.kappa != 0 or self.jvp_velocity == "network"
 
 
 def expand(a, like):
@@ -101,14 +109,15 @@ def textbook_loss(net, x, e, r, t, y, weight=1.0, objective=Objective()):
     x, e: (B, C, H, W) data and noise; r, t: (B,); y: (B,) labels. Returns like `weighted_error`.
     """
     z, v = interpolate(x, e, t)  # (B, C, H, W)
-    if objective.guided:
-        with torch.no_grad():
-            u_label = net(z, t, t, y) if objective.kappa else 0
+    with torch.no_grad():
+        u_label = net(z, t, t, y) if objective.needs_velocity else 0
+        if objective.guided:
             u_null = net(z, t, t, torch.full_like(y, objective.null_label))
-        v = guided_velocity(v, u_label, u_null, t, y, objective)
+            v = guided_velocity(v, u_label, u_null, t, y, objective)
+    along = u_label.to(v) if objective.jvp_velocity == "network" else v
     dr, dt = (torch.full_like(t, d) for d in objective.tangent)
     with sdpa_kernel(SDPBackend.MATH), AttentionOutsideAutocast():  # others have no JVP
-        u, dudt = jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), (v, dr, dt))
+        u, dudt = jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), (along, dr, dt))
     u_tgt = target(v, r, t, dudt).detach()
     return weighted_error(u, u_tgt, weight, objective)
 
@@ -143,16 +152,18 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
     def inputs(part):
         return z[part], r[part], t[part], y if y is None else y[part]
 
-    if objective.guided:
-        with torch.no_grad():
+    with torch.no_grad():
+        z_neq, _, t_neq, y_neq = inputs(slice(n, None))
+        u_neq = bare(z_neq, t_neq, t_neq, y_neq) if objective.needs_velocity and num_neq else v_neq
+        if objective.guided:
             u_null = bare(z, t, t, torch.full_like(y, objective.null_label))  # (B, C, H, W)
-            u_label = bare(z[n:], t[n:], t[n:], y[n:]) if objective.kappa and num_neq else 0
-        v_neq = guided_velocity(v_neq, u_label, u_null[n:], t[n:], y[n:], objective)
+            v_neq = guided_velocity(v_neq, u_neq, u_null[n:], t_neq, y_neq, objective)
+    along = u_neq.to(z.dtype) if objective.jvp_velocity == "network" else v_neq
     # Dropout and other random layers must draw the same numbers for u and for du/dt. If there are
     # any, the last samples run by themselves, from the same state of the generators.
     with torch.random.fork_rng([z.device] if z.is_cuda else []):
         before = random_state(z.device)
-        dudt = derivative(bare, *inputs(slice(n, None)), v_neq, objective.tangent)
+        dudt = derivative(bare, *inputs(slice(n, None)), along, objective.tangent)
         draws = random_state(z.device) != before
     parts = [slice(n, None), slice(n)] if draws and 0 < num_neq < len(x) else [slice(None)]
     u = torch.cat([net(*inputs(part)).to(z.dtype) for part in parts][::-1])  # (B, C, H, W)

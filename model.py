@@ -391,7 +391,7 @@ def load(path, conditioning="t,t-r"):
     Public weights give a dict with the keys of a checkpoint. Those of flow matching, which know t
     alone, take the `conditioning` asked for. Ends the script where a file does not fit.
     """
-    checkpoint, kind = load_file(path), "ours"
+    checkpoint = load_file(path)
     public = {"x_embedder.proj.weight": from_dit, "map_layer0.weight": from_unet}
     try:
         if {"ema", "meta"} <= checkpoint.keys():
@@ -399,14 +399,14 @@ def load(path, conditioning="t,t-r"):
         else:
             state, entry = weights_in(checkpoint, path, *public)
             (convert,) = (public[name] for name in public if name in state)
-            kind, args, meta, state = convert(state, path, conditioning)
-            note = f"note: {path} is taken for {kind}: {args['model']}, conditioned on "
-            note += f"{args['conditioning']}; weights: {entry}"
-            checkpoint = dict(ema=state, args=args, meta=meta, step=0, note=note)
+            checkpoint = convert(state, path, conditioning)
+            found = "{model}, conditioned on {conditioning}".format(**checkpoint["args"])
+            found = f"{checkpoint['kind']}: {found}; weights: {entry}"
+            checkpoint |= dict(step=0, note=f"note: {path} is taken for {found}")
         args = checkpoint["args"]
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
         load_strictly(net, checkpoint["ema"], path)
-        if kind == "SiT's velocity" and predicts_noise(net):
+        if "SiT" in checkpoint.get("kind", "") and predicts_noise(net):
             fail(f"{path} predicts the noise, as DiT does, and not the velocity, as SiT does")
     except Exception as error:  # what a file lacks shows in many ways
         fail(f"{path}: model.py has no network with such weights ({error!r:.200})")
@@ -431,7 +431,7 @@ def exported(checkpoint):
 
 
 def from_dit(state, path, conditioning):
-    """(what it is, args, meta, weights), as in a checkpoint, of public weights under DiT's names.
+    """The checkpoint, but for its step, of public weights under DiT's names.
 
     Weights of MeanFlow have a second time embedder, of t - r. SiT's (flow matching, arXiv
     2401.08740) lack it. SiT's time is 1 - t and its velocity x - e, so u(z, r, t) = -SiT(z, 1 - t),
@@ -440,7 +440,7 @@ def from_dit(state, path, conditioning):
     """
     if any("noise_labels" in name for name in state):
         fail(f"{path}: alphaflow's weights need its own statistics of latents, not known here")
-    ours = {}
+    ours, sit = {}, not any("h_embedder" in name or "r_embedder" in name for name in state)
     for name, value in state.items():
         for theirs, our in DIT_NAMES.items():
             name = name.replace(theirs, our)
@@ -449,8 +449,7 @@ def from_dit(state, path, conditioning):
     ours["patch_embed.weight"] = ours["patch_embed.weight"].flatten(1)
     ours["pos_embed"] = ours["pos_embed"].squeeze(0)
     size = patch * math.isqrt(len(ours["pos_embed"]))
-    classes = len(ours["label_embed.weight"]) - 1  # the last row is the null label's, as here
-    sit = "time_embed.1.mlp.0.weight" not in ours
+    classes = [str(k) for k in range(len(ours["label_embed.weight"]) - 1)]  # without the null label
     for name in ("final.linear.weight", "final.linear.bias"):
         rows = rearrange(ours[name], "(p q c) ... -> c p q ...", p=patch, q=patch)
         ours[name] = (-rows[:channels] if sit else rows).flatten(0, 2)
@@ -458,23 +457,23 @@ def from_dit(state, path, conditioning):
     names = [name for name, (d, w, _, p) in CONFIGS.items() if (d, w, p) == (depth, width, patch)]
     if not names:
         fail(f"{path}: no --model has {depth} blocks of width {width} and patches of {patch}")
-    meta = dict(shape=[channels, size, size], classes=[str(k) for k in range(classes)], source="")
-    meta |= PIXELS if channels == 3 else LATENTS
-    if not sit:
-        return "MeanFlow's", dict(model=names[0], conditioning="t,t-r"), meta, ours
-
-    if not conditioning.startswith("t,"):
-        fail(f"--conditioning {conditioning}: {path} is conditioned on t")
-    for i in range(1, len(CONDITIONINGS[conditioning](0, 0))):
-        for part in ("mlp.0.weight", "mlp.0.bias", "mlp.2.weight", "mlp.2.bias"):
-            of_t = ours[f"time_embed.0.{part}"]
-            ours[f"time_embed.{i}.{part}"] = of_t * 0 if "2" in part else of_t
-    # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
-    of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
-    cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
-    rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
-    ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
-    return "SiT's velocity", dict(model=names[0], conditioning=conditioning), meta, ours
+    if sit:
+        if not conditioning.startswith("t,"):
+            fail(f"--conditioning {conditioning}: {path} is conditioned on t")
+        # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
+        of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
+        cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
+        rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
+        ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
+        for name in [name for name in ours if "time_embed" in name]:
+            for i in range(1, len(CONDITIONINGS[conditioning](0, 0))):
+                ours[name.replace("0", str(i), 1)] = ours[name] * (0 if "mlp.2" in name else 1)
+    meta = dict(shape=[channels, size, size], classes=classes, source="")
+    return dict(
+        kind="SiT's velocity" if sit else "MeanFlow's", ema=ours,
+        args=dict(model=names[0], conditioning=conditioning if sit else "t,t-r"),
+        meta=meta | (PIXELS if channels == 3 else LATENTS),
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -513,7 +512,8 @@ def from_unet(state, path, conditioning):
         fail(f"{path} has {len(theirs)} weights, and py-meanflow's U-Net {len(names)}")
     pairs = zip(names, sorted(theirs, key=place), strict=True)
     ours |= {name: state[their] for name, their in pairs}
-    return "MeanFlow's", dict(model="unet", conditioning="t,t-r"), meta, ours
+    args = dict(model="unet", conditioning="t,t-r")
+    return dict(kind="MeanFlow's", args=args, meta=meta, ema=ours)
 
 
 class Skipped(dict):

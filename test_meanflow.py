@@ -94,7 +94,8 @@ def textbook_loss(net, x, e, r, t, y, weight, goal, noise=0):
     lo, hi = goal.cfg_interval
     guided = (t >= lo) & (t <= hi) & (y != net.num_classes)
     v = torch.where(guided[:, None, None, None], mix, v).detach()
-    tangents = v, *(torch.full_like(t, d) for d in goal.tangent)
+    along = u.detach() if goal.jvp_velocity == "network" else v
+    tangents = along, *(torch.full_like(t, d) for d in goal.tangent)
     with sdpa_kernel(SDPBackend.MATH):
         u, dudt = torch.func.jvp(lambda z, r, t: net(z, r, t, y), (z, r, t), tangents)
     delta = u - (v - (t4 - r4) * dudt + noise * (r4 == t4)).detach()
@@ -295,12 +296,13 @@ assert_same = partial(assert_close, rtol=1e-9, atol=1e-12)
 
 @pytest.mark.parametrize(("omega", "kappa"), [(1, 0), (2, 0), (1, 0.5), (0.2, 0.92)])
 @pytest.mark.parametrize("interval", [(0, 1), (0.3, 0.6)])
-def test_the_printed_and_the_economical_step_equal_the_textbook(omega, kappa, interval):
+@pytest.mark.parametrize("along", ["target", "network"])
+def test_the_printed_and_the_economical_step_equal_the_textbook(omega, kappa, interval, along):
     """Gradients too, so that nothing flows through the target; weights after Eq. 22."""
     net, (x, e, r, t, y, weight) = small_dit(), small_batch(12, 8)
     assert interval == (0, 1) or 0 < ((t >= 0.3) & (t <= 0.6)).sum() < 20
     tangent = (0.0, 1.0) if interval == (0, 1) else (0.3, 0.9)
-    objective = Objective(3, omega, kappa, interval, tangent, p=0.75, c=0.01)
+    objective = Objective(3, omega, kappa, interval, tangent, along, p=0.75, c=0.01)
     textbook = net, x, e, r, t, y, weight, objective
     expected = whole(net, textbook_loss(*textbook))
     assert_same(whole(net, meanflow.textbook_loss(*textbook)), expected)
@@ -2288,11 +2290,13 @@ def test_tensorboard_is_needed_for_its_flag_alone(monkeypatch, capsys):
     [
         ["--accel", "none", "--r-neq-t", 0.5, "--tangent", 1, 0.5, "--adaptive-p", 0.5,
          "--conditioning", "t,r", "--workers", 1],
-        ["--accel", "minsnr", "--snr-gamma", 2, "--micro-batch-size", 4, "--v-noise", 0.01],
+        ["--accel", "minsnr", "--snr-gamma", 2, "--micro-batch-size", 4, "--v-noise", 0.01,
+         "--jvp-velocity", "network"],
         ["--accel", "dtd", "--dtd-clusters", 3, "--dtd-cap", 0.6, "--label-drop", 0.5,
          "--omega", 0.2, "--kappa", 0.9, "--cfg-interval", 0.5, 0.7, "--micro-batch-size", 4],
         ["--accel", "none", "--progressive", "--beta-k", 2, "--gap", 0.2, 0.4, "--adaptive-c", 0.1,
-         "--time-mu", 0.3, "--time-sigma", 2, "--adam-beta2", 0.5, "--warmup", 4],
+         "--time-mu", 0.3, "--time-sigma", 2, "--adam-beta2", 0.5, "--warmup", 4,
+         "--grad-clip", 0.9],
     ],
 )  # fmt: skip
 def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
@@ -2304,8 +2308,8 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
     ema = copy.deepcopy(net.state_dict())
     state = run(glyphs, tmp_path, *flags, "--init-from", given)
     rows = metrics(tmp_path)
-    names = ["omega", "kappa", "cfg_interval", "tangent", "adaptive_p", "adaptive_c"]
-    goal = Objective(10, *(a[name] for name in names))
+    names = ["omega", "kappa", "cfg_interval", "tangent", "jvp_velocity", "adaptive_p"]
+    goal = Objective(10, *(a[name] for name in [*names, "adaptive_c"]))
     quantile = partial(LOGNORM, mu=a["time_mu"], sigma=a["time_sigma"])
     pairs = schedules.time_pairs(quantile, a["gap"]).float() if a["gap"] else None
     lam, dtd = schedules.beta_lambda(quantile, pairs), schedules.DTD(3, 3, 200, 0.6)
@@ -2335,6 +2339,10 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
         adam.zero_grad()
         loss.backward()
         gradient = [p.grad for p in net.parameters() if p.requires_grad]
+        norm = torch.stack([g.norm() for g in gradient]).norm()
+        if a["grad_clip"]:
+            assert norm > a["grad_clip"]
+            torch._foreach_mul_(gradient, a["grad_clip"] / norm)
         lr = adam.param_groups[0]["lr"] = 1e-3 * min(1, (step + 1) / a["warmup"])
         adam.step()
         for name, value in net.state_dict().items():
@@ -2344,7 +2352,7 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
         dtd.update(errors[equal].mean(), step)
         expected = dict(step=step + 1, loss=loss.detach(), lr=lr)
         expected |= dict(v_error=errors[equal].mean(), u_error=errors[~equal].mean())
-        expected |= dict(grad_norm=torch.stack([g.norm() for g in gradient]).norm())
+        expected |= dict(grad_norm=norm)
         expected |= dict(s=1 - ((step + 1) / 3) ** a["beta_k"]) if a["progressive"] else {}
         expected |= dict(stage=dtd.stage) if a["accel"] == "dtd" else {}
         for lo, hi in [(0.1, 0.3), (0.3, 0.5), (0.5, 0.7), (0.7, 0.9)]:
@@ -2942,17 +2950,21 @@ def test_two_dimensions_trains_draws_and_makes_its_table(
     monkeypatch.setattr(two_dimensions.Judge.__init__, "__defaults__", (20,))
     table, kept = tmp_path / "runs.csv", HERE / "docs" / "two_dimensions.csv"
     table.write_text(kept.read_text().splitlines()[0] + "\n")
-    short = ["--steps", "3", "--csv", str(table), "--out", str(tmp_path)]
-    for _ in range(2):  # the second finds them all done
-        two_dimensions.main(["--runs", "gaussian", *short, "--seeds", "0", "2", "--dtd-times", "v"])
+    short = ["--steps", "12", "--csv", str(table), "--out", str(tmp_path)]
+    for change in ("", "", "DTD of v"):  # the second finds them all done
+        flags = ["--runs", "gaussian", "--seeds", "0", "2", "--change", change]
+        two_dimensions.main([*short, *flags])
     lines = [line.split(",") for line in table.read_text().splitlines()]
-    assert [line[1] for line in lines[1:]] == [*two_dimensions.ROWS] * 2
-    errors = {line[1]: [float(error) for error in line[8:]] for line in lines[1:7]}
-    ratio = two_dimensions.ratios(table)["gaussian", "beta", "3", "constant", "1.0", "", ""]
-    assert_close(ratio[0], np.divide(errors["beta"], errors["MeanFlow"]))
-    mean, error = two_dimensions.mean_and_error(ratio)
-    assert_close(mean, np.sqrt(ratio[0] * ratio[1]))
+    assert [line[1] for line in lines[1:]] == [*two_dimensions.ROWS] * 4
+    errors = np.array([line[7:] for line in lines[1:13]], float).reshape(2, 6, 4)
+    ratio = errors[:, 1] / errors[:, 0]  # of beta, by seeds
+    found = {key: found for key, *found in two_dimensions.table(table)}
+    runs, mean, error = found["gaussian", "beta", "12", "constant", "1.0", ""]
+    assert runs == 2
+    assert_close(mean, np.sqrt(ratio.prod(0)))
     assert_close(error, mean * np.abs(np.log(ratio[0] / ratio[1])) / 2)
+    changed = found["gaussian", "DTD", "12", "constant", "1.0", "DTD of v"]
+    assert (changed[1] != found["gaussian", "DTD", "12", "constant", "1.0", ""][1]).all()
     two_dimensions.main(["--table", "--out", str(tmp_path)])
     assert "| checkerboard | MinSNR + beta | 1000 | falling |" in capsys.readouterr().out
     two_dimensions.main(short)

@@ -166,6 +166,8 @@ def parse_args(argv=None):
     add("--adaptive-p", type=finite, help="power of the adaptive weight, Eq. 22; 0 is plain L2")
     add("--adaptive-c", type=positive, default=1e-3, help="constant of the adaptive weight")
     add("--tangent", type=finite, nargs=2, metavar=("DR", "DT"), help="of r and t in the JVP")
+    add("--jvp-velocity", choices=("target", "network"), default="target", help="of z in the JVP: "
+        "the target's or, as in arXiv 2512.02012, the network's own")  # fmt: skip
 
     add = parser.add_argument_group("improved training, arXiv 2511.19065").add_argument
     accels = ("none", *schedules.ALPHAS, "dtd")
@@ -188,6 +190,7 @@ def parse_args(argv=None):
     add("--micro-batch-size", type=count, help="samples at once on a rank, else its whole share")
     add("--lr", type=positive, help="learning rate of Adam, constant")
     add("--warmup", type=natural, help="steps of linear warm-up before")
+    add("--grad-clip", type=positive, help="largest norm of the gradient, else any")
     add("--adam-beta2", type=decay, help="of Adam; beta1 is 0.9")
     add("--ema-decay", type=decay, help="of the averaged weights, which are the ones sampled")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; TF32 on GPUs")
@@ -233,8 +236,8 @@ def parse_args(argv=None):
         ("dtd_clusters dtd_patience dtd_cap", args.accel == "dtd", "--accel dtd"),
         ("beta_k", args.progressive, "--progressive"),
         ("time_mu time_sigma", args.time_sampler != "uniform", "--time-sampler lognorm"),
-        ("progressive gap tangent bench", args.r_neq_t > 0, "samples with r < t: --r-neq-t"),
-        ("v_noise", args.r_neq_t < 1, "samples with r = t: --r-neq-t below 1"),
+        ("progressive gap tangent jvp_velocity bench", args.r_neq_t > 0, "--r-neq-t above 0"),
+        ("v_noise", args.r_neq_t < 1, "--r-neq-t below 1"),
     ]:
         for name in names.split():
             value = getattr(args, name)
@@ -299,7 +302,7 @@ def main(args):
     guidance = dict(omega=args.omega, kappa=args.kappa) if net.num_classes else {}
     objective = meanflow.Objective(
         null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
-        p=args.adaptive_p, c=args.adaptive_c, **guidance,
+        jvp_velocity=args.jvp_velocity, p=args.adaptive_p, c=args.adaptive_c, **guidance,
     )  # fmt: skip
     model = distributed(net, meta["shape"]) if world > 1 else net
     faster_blocks(net, args.compile, args.activation_checkpointing)
@@ -330,6 +333,8 @@ def main(args):
         optimizer.param_groups[0]["lr"] = learning_rate(step)
         gradients = [p.grad for p in trained if p.grad is not None]
         grad_norm = torch.nn.utils.get_total_norm(gradients)
+        if args.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(trained, args.grad_clip, grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=world == 1)  # DDP's gradients stay views of its buckets
         update_ema(list(ema.parameters()), list(net.parameters()), None)

@@ -10,7 +10,6 @@ whole way is u(e, 0, 1) = e - flow(e): the errors of a network are plain mean sq
 """
 
 import argparse
-import csv
 import math
 import sys
 from itertools import product
@@ -19,41 +18,43 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
-from PIL import Image
+from matplotlib.animation import FuncAnimation
 from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent))
 import meanflow  # noqa: E402
 import schedules  # noqa: E402
 
-KINDS = {"gaussian": 1, "three gaussians": 3, "gaussians": 8, "spiral": 0, "checkerboard": 4,
-         "checkerboard 8": 8}  # fmt: skip
+GAUSSIANS = {"gaussian": 1, "three gaussians": 3, "gaussians": 8}
+CELLS = {"checkerboard": 4, "checkerboard 8": 8}  # on each side
 # arXiv 2511.19065v2, Tab. 3: how v is learned early; whether beta weighs u.
 ROWS = {
     "MeanFlow": ("none", False), "beta": ("none", True), "MinSNR": ("minsnr", False),
     "MinSNR + beta": ("minsnr", True), "DTD": ("dtd", False), "DTD + beta": ("dtd", True),
 }  # fmt: skip
-SETTINGS = ["set", "row", "steps", "rate", "p", "cap", "dtd times", "seed"]
+# Of what the papers leave open on DTD; and arXiv 2512.02012's direction of the JVP.
+CHANGES = ["", "cap 0.05", "cap inf", "DTD of v", "network"]
 MEASURES = ["one step", "two steps", "Euler", "v"]
-COLOURS = ["tab:blue", "tab:red", "tab:green"]
-
-# ---------------------------------------------------------------------------- exact fields
+NUM_EQ, NUM_NEQ = 128, 384  # samples of a step with r = t, and with r < t
 
 
 def points(kind, count=2000):
     """A data set: (count, 2) float64, within [-2, 2]."""
-    g, number = torch.Generator().manual_seed(0), KINDS[kind]
+    g = torch.Generator().manual_seed(0)
+    if kind in CELLS:
+        x = CELLS[kind] * torch.rand(4 * count, 2, generator=g)
+        return (x[x.floor().sum(1) % 2 == 0][:count] / CELLS[kind] - 0.5).double() * 3
     if kind == "spiral":
         s = 6 * math.pi * torch.rand(count, generator=g).sqrt()
-        x = 0.3 / math.pi * s[:, None] * torch.stack([s.cos(), s.sin()], 1)
-    elif "checkerboard" in kind:
-        x = number * torch.rand(4 * count, 2, generator=g)
-        x = (x[x.floor().sum(1) % 2 == 0][:count] / number - 0.5) * 3
-    else:
-        s = torch.randint(number, (count,), generator=g) * 2 * math.pi / number
-        x = 1.5 * torch.stack([s.cos(), s.sin()], 1) + 0.15 * torch.randn(count, 2, generator=g)
+        return (0.3 / math.pi * s[:, None] * torch.stack([s.cos(), s.sin()], 1)).double()
+    s = torch.randint(GAUSSIANS[kind], (count,), generator=g) * 2 * math.pi / GAUSSIANS[kind]
+    x = 1.5 * torch.stack([s.cos(), s.sin()], 1) + 0.15 * torch.randn(count, 2, generator=g)
     return x.double()
+
+
+# ---------------------------------------------------------------------------- exact fields
 
 
 def velocity(z, t, data):
@@ -77,7 +78,7 @@ def flow(z, data, steps=200, start=1.0, end=1e-3):
 
 
 class Judge:
-    """Mean squared errors of a network against the exact fields, at 2,000 points."""
+    """MEASURES of a network: mean squared errors of x by one step, by two and by 32 of v; of v."""
 
     def __init__(self, data, count=2000):
         g = torch.Generator().manual_seed(1)
@@ -86,16 +87,13 @@ class Judge:
         for t in (0.1, 0.3, 0.5, 0.7, 0.9):
             picks = torch.randint(len(data), (count,), generator=g)
             z = (1 - t) * data[picks] + t * torch.randn(count, 2, generator=g).double()
-            self.fields.append((torch.full((count,), t), z, velocity(z, t, data)))
+            self.fields.append((torch.full((count,), t), images(z), velocity(z, t, data)))
 
     @torch.no_grad()
     def __call__(self, net):
-        """MEASURES: of x by one step, two steps, 32 steps of v; of v at five times."""
-        found = [draw(net, self.e, *how) - self.x for how in [(1,), (2,), (32, True)]]
-        fields = [
-            net(z.float().view(-1, 2, 1, 1), t, t, None).view(-1, 2) - v for t, z, v in self.fields
-        ]
-        return [error.square().sum(-1).mean().item() for error in (*found, torch.stack(fields))]
+        errors = [draw(net, self.e, *how) - self.x for how in [(1,), (2,), (32, True)]]
+        errors += [torch.stack([net(z, t, t, None).flatten(1) - v for t, z, v in self.fields])]
+        return [error.square().sum(-1).mean().item() for error in errors]
 
 
 # ---------------------------------------------------------------------------- a network of its own
@@ -118,82 +116,80 @@ class Network(nn.Module):
         return self.layers(torch.cat(inputs, 1)).view_as(z)
 
 
-def train(data, seed, steps, row="MeanFlow", rate="constant", p=1.0, cap=0.2, dtd_times="both"):
-    """A network after `steps` steps of 512 points, three quarters of them with r < t."""
+def images(x):
+    return x.float().view(-1, 2, 1, 1)
+
+
+def draw(net, e, *how):
+    """meanflow.sample for noise (B, 2)."""
+    return meanflow.sample(net, images(e), None, *how).flatten(1).double()
+
+
+def train(data, seed, steps, row="MeanFlow", rate="constant", p=1.0, change=""):
+    """A network after `steps` steps; with a constant learning rate its EMA over a tenth of them."""
     torch.manual_seed(seed)
-    net, num_eq, num_neq, (accel, progressive) = Network(), 128, 384, ROWS[row]
-    quantile, objective = schedules.uniform_quantile, meanflow.Objective(p=p)
+    net, (accel, progressive) = Network(), ROWS[row]
+    along = "network" if change == "network" else "target"
+    objective = meanflow.Objective(p=p, jvp_velocity=along)
+    quantile, cap = schedules.uniform_quantile, float(change[4:]) if "cap" in change else 0.2
     schedule = schedules.Schedule(steps, quantile, accel, progressive, dtd_cap=cap)
+    without = schedules.Schedule(steps, quantile, "none", progressive)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
+    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 10 / steps))
     for step in range(steps):
-        t, r, weight = schedule.sample(num_eq, num_neq, step)
-        if dtd_times == "v":  # the curriculum is for r = t alone
-            others = schedules.sample_t_r(num_eq, num_neq, quantile)
-            t[num_eq:], r[num_eq:] = (times[num_eq:] for times in others)
-            if progressive:
-                gaps = (t - r)[num_eq:]
-                weight[num_eq:] = schedules.beta(gaps, schedule.s(step), schedule.lam)
-        x = data[torch.randint(len(data), t.shape)].float().view(-1, 2, 1, 1)
+        batch = schedule.sample(NUM_EQ, NUM_NEQ, step)
+        if change == "DTD of v":  # the curriculum is for r = t alone
+            pairs = zip(batch, without.sample(NUM_EQ, NUM_NEQ, step), strict=True)
+            batch = [torch.cat([v[:NUM_EQ], u[NUM_EQ:]]) for v, u in pairs]
+        t, r, weight = batch
+        x = images(data[torch.randint(len(data), t.shape)])
         e = torch.randn_like(x)
-        loss, errors = meanflow.loss(net, x, e, r, t, None, num_neq, weight, objective)
+        loss, errors = meanflow.loss(net, x, e, r, t, None, NUM_NEQ, weight, objective)
         optimizer.zero_grad()
         loss.backward()
         if rate == "falling":
             optimizer.param_groups[0]["lr"] = 2e-3 * (1 - step / steps)
         optimizer.step()
-        schedule.update(errors[:num_eq].mean(), step)
-    return net
-
-
-def draw(net, e, *how):
-    """meanflow.sample for noise (B, 2)."""
-    return meanflow.sample(net, e.float().view(-1, 2, 1, 1), None, *how).view(-1, 2).double()
+        ema.update_parameters(net)
+        schedule.update(errors[:NUM_EQ].mean(), step)
+    return net if rate == "falling" else ema.module
 
 
 # ---------------------------------------------------------------------------- the table
 
 
-def append_runs(args, judge=None):
+def append_runs(args):
     """Train what is not yet in the table, a line a run."""
-    known = [line[: len(SETTINGS)] for line in read_csv(args.csv)]
+    data, known, judge = points(args.runs), read(args.csv), None
     for seed, steps, row in product(range(*args.seeds), args.steps, args.rows):
-        own = (args.cap, args.dtd_times) if "DTD" in row else ("", "")
-        settings = [*map(str, (args.runs, row, steps, args.rate, args.p, *own, seed))]
+        settings = args.runs, row, str(steps), args.rate, str(args.p), args.change, str(seed)
         if settings not in known:
-            judge = judge or Judge(points(args.runs))
-            how = row, args.rate, args.p, args.cap, args.dtd_times
-            errors = judge(train(points(args.runs), seed, steps, *how))
+            judge = judge or Judge(data)
+            errors = judge(train(data, seed, steps, row, args.rate, args.p, args.change))
             with open(args.csv, "a") as file:
                 file.write(",".join([*settings, *(f"{error:.5g}" for error in errors)]) + "\n")
 
 
-def read_csv(path):
-    return [*csv.reader(path.read_text().splitlines())][1:]
+def read(path):
+    """{(set, row, steps, rate, p, change, seed): MEASURES}, text and floats."""
+    lines = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return {tuple(line[:7]): np.float64(line[7:]) for line in lines}
 
 
-def ratios(path):
-    """{settings without the seed: array (runs, measures)} of errors divided by MeanFlow's."""
-    width, found = len(SETTINGS), {}
-    errors = {tuple(line[:width]): np.float64(line[width:]) for line in read_csv(path)}
-    for key, error in errors.items():
-        plain = key[0], "MeanFlow", *key[2:5], "", "", key[-1]
-        if plain in errors and plain != key:
-            found.setdefault(key[:-1], []).append(error / errors[plain])
-    return {key: np.array(value) for key, value in found.items() if len(value) > 1}
+def table(path):
+    """(settings, runs, mean, its error) of errors divided by MeanFlow's of the same seed.
 
-
-def mean_and_error(ratio):
-    """Geometric mean and its standard error over the runs: (measures,) each."""
-    mean, spread = np.exp(np.log(ratio).mean(0)), np.log(ratio).std(0, ddof=1)
-    return mean, mean * spread / len(ratio) ** 0.5
-
-
-def print_table(path):
-    """Every kind of run, as Markdown."""
-    print("|", " | ".join([*SETTINGS[:-1], "runs", *MEASURES]), "|\n" + "| --- " * 12 + "|")
-    for key, ratio in sorted(ratios(path).items()):
-        cells = [f"{m:.2f} ± {e:.2f}" for m, e in zip(*mean_and_error(ratio), strict=True)]
-        print("|", " | ".join([*key, str(len(ratio)), *cells]), "|")
+    Geometric means and their standard errors, (4,) each: MEASURES.
+    """
+    runs, kinds = read(path), {}
+    for key, errors in runs.items():
+        plain = runs.get((key[0], "MeanFlow", *key[2:5], "", key[-1]))
+        if plain is not None and (key[1], key[5]) != ("MeanFlow", ""):
+            kinds.setdefault(key[:-1], []).append(np.log(errors / plain))
+    for key, logs in sorted(kinds.items()):
+        if len(logs) > 1:
+            mean = np.exp(np.mean(logs, 0))
+            yield key, len(logs), mean, mean * np.std(logs, 0, ddof=1) / len(logs) ** 0.5
 
 
 # ---------------------------------------------------------------------------- the picture
@@ -208,36 +204,34 @@ def draw_average_velocity(out, steps, count=20):
     e = torch.randn(700, 2, generator=g).double()
     e = e[e.abs().amax(1) < 2.4][:600]  # what the axes show
     path, net = flow(e, data), train(data, 0, steps, "MinSNR + beta", "falling", p=0.0)
-    ends = path[-1], e - velocity(e, 1.0, data), draw(net, e)
-    titles = [
+    figure, axes = plt.subplots(1, 3, figsize=(10.2, 4.1), layout="constrained")
+    jumps, dots = [e - velocity(e, 1.0, data), draw(net, e)], []  # half-way in the GIF
+    ways = [path, *(torch.stack([e] * 100 + [end] * 101) for end in jumps)]
+    for axis, way, colour, title in zip(axes, ways, ["tab:blue", "tab:red", "tab:green"], [
         "the flow:\n200 steps of its velocity v",
         "one step of v(ε, t = 1):\nthe mean of the data",
         "one step of the average velocity\nu(ε, r = 0, t = 1), trained",
-    ]
-    figure, axes = plt.subplots(1, 3, figsize=(10.2, 4.1), layout="constrained")
-    dots, frames = [], []
-    for axis, end, title, colour in zip(axes, ends, titles, COLOURS, strict=True):
-        way = path if end is ends[0] else torch.stack([e] * 100 + [end] * 101)  # a jump half-way
+    ], strict=True):  # fmt: skip
         axis.set(xlim=(-2.7, 2.7), ylim=(-2.7, 2.7), aspect="equal", xticks=[], yticks=[])
         axis.set_title(title)
         axis.plot(*data[:600].T, ".", ms=2, color="#cccccc")
         axis.plot(*way[:, :count].permute(2, 0, 1), color=colour, lw=1)
         axis.plot(*e[:count].T, "o", ms=4, mfc="none", color="black")
-        dots.append((axis.plot(*end.T, ".", ms=2.5, color=colour)[0], way))
+        dots += axis.plot(*way[-1].T, ".", ms=2.5, color=colour)
     figure.savefig(out / "average_velocity.png", dpi=100)
-    for i in [*range(0, 201, 8), *[200] * 10]:
-        for dot, way in dots:
+
+    def show(i):
+        for dot, way in zip(dots, ways, strict=True):
             dot.set_data(*way[i].T)
-        figure.canvas.draw()
-        frames.append(Image.fromarray(np.asarray(figure.canvas.buffer_rgba())).quantize(32))
-    options = dict(save_all=True, append_images=frames[1:], duration=100, loop=0)
-    frames[0].save(out / "average_velocity.gif", **options)
+
+    frames = [*range(0, 201, 8), *[200] * 10]
+    FuncAnimation(figure, show, frames).save(out / "average_velocity.gif", "pillow", fps=10)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--runs", choices=KINDS, help="train on this set, and append a line a run to the table")
+    add, sets = parser.add_argument, [*GAUSSIANS, "spiral", *CELLS]
+    add("--runs", choices=sets, help="train on this set, and append a line a run to the table")
     add("--table", action="store_true", help="print the means of the table")
     add("--csv", type=Path, default=HERE / "two_dimensions.csv", help="the table")
     add("--out", type=Path, default=HERE, help="folder of the pictures")
@@ -246,13 +240,16 @@ def main(argv=None):
     add("--seeds", type=int, nargs=2, default=(0, 20), metavar=("FROM", "TO"), help="without TO")
     add("--rate", choices=("constant", "falling"), default="constant", help="learning rate")
     add("--p", type=float, default=1.0, help="power of the adaptive weight")
-    add("--cap", type=float, default=0.2, help="of DTD; inf: by the loss alone")
-    add("--dtd-times", choices=("both", "v"), default="both", help="what DTD restricts")
+    add("--change", choices=CHANGES, default="", help="of DTD: its length, what it restricts")
     args = parser.parse_args(argv)
     if args.runs:
         append_runs(args)
     elif args.table:
-        print_table(args.csv)
+        print("| set | row | steps | rate | p | change | runs |", " | ".join(MEASURES), "|")
+        print("| --- " * 11 + "|")
+        for key, runs, *found in table(args.csv):
+            cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in zip(*found, strict=True)]
+            print("|", " | ".join([*key, str(runs), *cells]), "|")
     else:
         draw_average_velocity(args.out, args.steps[0])
 
