@@ -31,7 +31,8 @@ class Objective:
     """The constants of the loss; the defaults are MeanFlow without guidance.
 
     omega, kappa: guidance inside the target, Eq. 21; the effective scale is omega / (1 - kappa).
-    Guidance applies where t is in cfg_interval and the label is not null_label.
+    Guidance applies where t is in cfg_interval and the label is not null_label. Labels y (B, 2)
+    bring an omega of their own, for a network that is conditioned on it.
     tangent: (dr, dt) of the JVP; values other than (0, 1) are for the ablation of Tab. 1b.
     jvp_velocity: the JVP goes along v~ ("target"), or ("network") along the network's own velocity
     u(z, t, t | y), which has less variance (arXiv 2512.02012, Sec. 4); the target keeps v~.
@@ -81,8 +82,17 @@ def drop_labels(y, null_label, p, generator=None):
 def guided_velocity(v, u_label, u_null, t, y, objective):
     """v~ of Eq. 21 (Eq. 19 if kappa = 0); returns v where guidance does not apply. All (B, ...)."""
     omega, kappa, (lo, hi) = objective.omega, objective.kappa, objective.cfg_interval
+    if y.dim() == 2:
+        y, omega = y[:, 0], expand(y[:, 1], v)
     guided = omega * v + kappa * u_label + (1 - omega - kappa) * u_null
     return torch.where(expand((t >= lo) & (t <= hi) & (y != objective.null_label), v), guided, v)
+
+
+def null_labels(y, objective):
+    """y with the null label for every label, (B,) or (B, 2)."""
+    y = y.clone()
+    y.view(len(y), -1)[:, 0] = objective.null_label
+    return y
 
 
 def target(v, r, t, dudt):
@@ -112,7 +122,7 @@ def textbook_loss(net, x, e, r, t, y, weight=1.0, objective=Objective()):
     with torch.no_grad():
         u_label = net(z, t, t, y) if objective.needs_velocity else 0
         if objective.guided:
-            u_null = net(z, t, t, torch.full_like(y, objective.null_label))
+            u_null = net(z, t, t, null_labels(y, objective))
             v = guided_velocity(v, u_label, u_null, t, y, objective)
     along = u_label.to(v) if objective.jvp_velocity == "network" else v
     dr, dt = (torch.full_like(t, d) for d in objective.tangent)
@@ -156,7 +166,7 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
         z_neq, _, t_neq, y_neq = inputs(slice(n, None))
         u_neq = bare(z_neq, t_neq, t_neq, y_neq) if objective.needs_velocity and num_neq else v_neq
         if objective.guided:
-            u_null = bare(z, t, t, torch.full_like(y, objective.null_label))  # (B, C, H, W)
+            u_null = bare(z, t, t, null_labels(y, objective))  # (B, C, H, W)
             v_neq = guided_velocity(v_neq, u_neq, u_null[n:], t_neq, y_neq, objective)
     along = u_neq.to(z.dtype) if objective.jvp_velocity == "network" else v_neq
     # Dropout and other random layers must draw the same numbers for u and for du/dt. If there are

@@ -41,13 +41,14 @@ CONFIGS = {
 # name: blocks at each size, width of the first convolution. arXiv 2505.13447v1, App. A.
 UNETS = {"unet": (4, 128)}
 
-# What the network sees of (r, t). Whatever it sees, what is trained and differentiated is u as a
-# function of (z, r, t): arXiv 2505.13447v1, Sec. 4.3.
+# What the network sees of (r, t), and of the guidance omega. Whatever it sees, what is trained and
+# differentiated is u as a function of (z, r, t): arXiv 2505.13447v1, Sec. 4.3.
 CONDITIONINGS = {
-    "t,t-r":   lambda r, t: (t, t - r),
-    "t,r":     lambda r, t: (t, r),
-    "t,r,t-r": lambda r, t: (t, r, t - r),
-    "t-r":     lambda r, t: (t - r,),
+    "t,t-r":       lambda r, t, omega: (t, t - r),
+    "t,r":         lambda r, t, omega: (t, r),
+    "t,r,t-r":     lambda r, t, omega: (t, r, t - r),
+    "t-r":         lambda r, t, omega: (t - r,),
+    "t,t-r,omega": lambda r, t, omega: (t, t - r, omega),
 }  # fmt: skip
 
 
@@ -123,6 +124,8 @@ class DiT(nn.Module):
     classes the null label is the only one. conditioning: a key of CONDITIONINGS.
     """
 
+    omega = 1.0  # of labels that come without
+
     def __init__(
         self, channels, size, num_classes, depth, width, heads, patch, conditioning="t,t-r"
     ):
@@ -132,7 +135,7 @@ class DiT(nn.Module):
         self.channels, self.size, self.patch = channels, size, patch
         self.num_classes = self.null_label = num_classes
         self.time_variables = CONDITIONINGS[conditioning]
-        num_times = len(self.time_variables(torch.zeros(()), torch.zeros(())))
+        num_times = len(self.time_variables(0, 0, 0))
 
         self.patch_embed = nn.Linear(channels * patch * patch, width)
         positions = sincos_positions(size // patch, width)
@@ -160,11 +163,17 @@ class DiT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, z, r, t, y):
-        """z: (B, C, H, W); r, t: (B,) in [0, 1], at least float32; y: (B,) int64 -> u like z."""
+        """z: (B, C, H, W); r, t: (B,) in [0, 1], at least float32 -> u like z.
+
+        y: (B,) int64, or (B, 2) float32, a label and omega.
+        """
+        y, omega = (
+            (y[:, 0].long(), y[:, 1]) if y.dim() == 2 else (y, torch.full_like(t, self.omega))
+        )
         x = F.pixel_unshuffle(z, self.patch).flatten(2).transpose(1, 2)  # (B, N, C p p)
         x = self.patch_embed(x) + self.pos_embed  # (B, N, D)
         c = self.label_embed(y)  # (B, D)
-        for embed, time in zip(self.time_embed, self.time_variables(r, t), strict=True):
+        for embed, time in zip(self.time_embed, self.time_variables(r, t, omega), strict=True):
             c = c + embed(time)  # (B, D)
         for block in self.blocks:
             x = block(x, c)  # (B, N, D)
@@ -248,7 +257,7 @@ class UNet(nn.Module):
         self.channels, self.size = channels, size
         self.num_classes = self.null_label = num_classes
         self.time_variables = CONDITIONINGS[conditioning]
-        num_times, wide = len(self.time_variables(torch.zeros(()), torch.zeros(()))), 2 * width
+        num_times, wide = len(self.time_variables(0, 0, 0)), 2 * width
         d = 4 * width  # of the conditioning
 
         def block(inputs=wide, **options):
@@ -292,7 +301,7 @@ class UNet(nn.Module):
 
         y: (B,) int64, or (B, 7) float32, a label and the six of `prepare_latents.augment`.
         """
-        waves = [fourier(time) for time in self.time_variables(r, t)]  # (B, 256) each
+        waves = [fourier(time) for time in self.time_variables(r, t, None)]  # (B, 256) each
         c = torch.cat(waves, dim=-1)
         augmentation = torch.zeros(z.shape[0], 6, dtype=t.dtype, device=z.device)
         if y is not None and len(y.shape) == 2:
@@ -466,7 +475,7 @@ def from_dit(state, path, conditioning):
         rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
         ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
         for name in [name for name in ours if "time_embed" in name]:
-            for i in range(1, len(CONDITIONINGS[conditioning](0, 0))):
+            for i in range(1, len(CONDITIONINGS[conditioning](0, 0, 0))):
                 ours[name.replace("0", str(i), 1)] = ours[name] * (0 if "mlp.2" in name else 1)
     meta = dict(shape=[channels, size, size], classes=classes, source="")
     return dict(

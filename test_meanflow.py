@@ -24,6 +24,7 @@ import subprocess
 import sys
 import time
 import weakref
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unittest import mock
@@ -261,9 +262,9 @@ def test_the_network_equals_one_built_from_torchs_own_layers(conditioning):
     net, (z, _, r, t, y, _) = small_dit(conditioning), small_batch()
     kernel = net.patch_embed.weight.view(16, 2, 2, 2)
     x = F.conv2d(z, kernel, net.patch_embed.bias, stride=2).flatten(2).mT + net.pos_embed
-    c = net.label_embed.weight[y]
+    c, omega = net.label_embed.weight[y], torch.linspace(1, 3, 9).double()
     for embed, name in zip(net.time_embed, conditioning.split(","), strict=True):
-        h = embed.mlp[0](sinusoids({"t": t, "r": r, "t-r": t - r}[name], 256))
+        h = embed.mlp[0](sinusoids({"t": t, "r": r, "t-r": t - r, "omega": omega}[name], 256))
         c = c + embed.mlp[2](F.silu(h))
 
     def normal(shift, scale):
@@ -280,6 +281,7 @@ def test_the_network_equals_one_built_from_torchs_own_layers(conditioning):
         h = F.gelu(block.mlp[0](normal(shift2, scale2)), approximate="tanh")
         x = x + gate2 * block.mlp[2](h)
     x = normal(*net.final.adaln[1](F.silu(c)).view(9, 2, 1, 16).unbind(1))
+    y = torch.stack([y.double(), omega], 1)
     assert_close(net(z, r, t, y), F.fold(net.final.linear(x).mT, 4, 2, stride=2))
 
 
@@ -313,6 +315,21 @@ def test_the_printed_and_the_economical_step_equal_the_textbook(omega, kappa, in
     batch = net, x, e, r, t, y, 8, weight, objective
     assert_same(whole(net, meanflow.loss(*batch)), expected)
     assert_same(whole(net, meanflow.loss(*batch, v_noise=noise)), spoilt)
+
+
+def test_each_sample_may_have_an_omega_of_its_own():
+    net, (x, e, r, t, y, weight) = small_dit("t,t-r,omega"), small_batch(12, 8)
+    goal, omega = Objective(3, 2.0, 0.5, (0.2, 0.9)), torch.linspace(0.5, 3, 20).double()
+    steps = []
+    for i in range(20):
+        net.omega = omega[i].item()  # of a batch whose labels have none
+        batch = [a[i : i + 1] for a in (x, e, r, t, y, weight)]
+        steps.append(textbook_loss(net, *batch, replace(goal, omega=net.omega)))
+    losses, errors = zip(*steps, strict=True)
+    expected = whole(net, (torch.stack(losses).mean(), torch.cat(errors)))
+    y = torch.stack([y.double(), omega], 1)
+    assert_same(whole(net, meanflow.loss(net, x, e, r, t, y, 8, weight, goal)), expected)
+    assert_same(whole(net, meanflow.textbook_loss(net, x, e, r, t, y, weight, goal)), expected)
 
 
 class PeakMemory(TorchDispatchMode):
@@ -423,7 +440,7 @@ class SelfAttention(nn.MultiheadAttention):
 
 def test_a_fork_trains_like_the_textbook(monkeypatch):
     """With a conditioning, blocks of its own, and torch's own attention layer."""
-    monkeypatch.setitem(CONDITIONINGS, "fork", lambda r, t: (t * r, 1 - t))
+    monkeypatch.setitem(CONDITIONINGS, "fork", lambda r, t, _: (t * r, 1 - t))
     net = small_dit("fork")
     net.blocks = nn.ModuleList([ForkedBlock(), net.blocks[0], ForkedBlock()]).double()
     net.blocks[1].attn = SelfAttention(16, 2, batch_first=True).double()

@@ -160,6 +160,8 @@ def parse_args(argv=None):
     add("--time-sigma", type=positive, help="lognorm: its standard deviation")
     add("--omega", type=finite, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
     add("--kappa", type=finite, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
+    add("--omega-range", type=finite, nargs=2, metavar=("LO", "HI"), help="of an omega drawn for "
+        "each sample, for --conditioning t,t-r,omega and sample.py --omega")  # fmt: skip
     add("--cfg-interval", type=share, nargs=2, metavar=("LO", "HI"), help="guided where t is in it")
     add("--augment", action=switch, help="random mirroring, scale, stretch, shift; unet only")
     add("--label-drop", type=share, help="probability of the null label")
@@ -209,7 +211,7 @@ def parse_args(argv=None):
     if args.progressive is None:
         args.progressive = args.accel != "none" and args.r_neq_t > 0
     args.cfg_interval, args.tangent = tuple(args.cfg_interval), tuple(args.tangent)
-    args.gap = args.gap and tuple(args.gap)
+    args.gap, args.omega_range = (pair and tuple(pair) for pair in (args.gap, args.omega_range))
     guided = (args.omega, args.kappa) != (1, 0)
     # The null label's weight in the target, Eq. 21, is 1 - omega - kappa.
     untrained = args.label_drop == 0 and guided and abs(1 - args.omega - args.kappa) > 1e-9
@@ -217,6 +219,10 @@ def parse_args(argv=None):
     for wrong, message in [
         (untrained, "--label-drop 0 never trains the null label, which this guidance needs"),
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
+        (("omega" in args.conditioning) != bool(args.omega_range),
+         "--omega-range LO HI and --conditioning t,t-r,omega need each other"),
+        (args.omega_range and (not guided or args.model in UNETS),
+         "--omega-range is for a DiT with guidance, which --omega 1 --kappa 0 is not"),
         (lo >= hi, "--cfg-interval LO HI needs LO < HI; --omega 1 --kappa 0 is no guidance"),
         (args.augment and args.model not in UNETS, "--augment is for --model unet alone"),
         (args.augment and guided, "guidance excludes --augment: pass --no-augment"),
@@ -288,6 +294,7 @@ def main(args):
         say(json.dumps(vars(args), indent=1))
         return
     net.to(device), schedule.to(device)
+    net.omega = args.omega  # of the samples drawn meanwhile
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
@@ -321,6 +328,10 @@ def main(args):
         y = meanflow.drop_labels(y, net.null_label, args.label_drop, generator)  # (B,)
         if args.augment:
             y = torch.cat([y[:, None].float(), labels], dim=1)  # (B, 7)
+        if args.omega_range:
+            lo, hi = args.omega_range
+            omega = lo + (hi - lo) * torch.rand(y.shape, generator=generator, device=device)
+            y = torch.stack([y.float(), omega], dim=1)  # (B, 2)
         t, r, weight = schedule.sample(split.num_eq, split.num_neq, step, generator)  # (B,) each
         v_noise = meanflow.corruption(e - x, args.v_noise, generator) if args.v_noise else None
         return x, e, r, t, y, split.num_neq, weight, objective, v_noise
