@@ -71,8 +71,8 @@ PAPER = dict(
     epochs=240, batch_size=256, lr=1e-4, warmup=0, adam_beta2=0.95, ema_decay=0.9999,
     label_drop=0.1, omega=1.0, kappa=0.5, cfg_interval=(0.0, 1.0), r_neq_t=0.25,
     time_sampler="lognorm", time_mu=-0.4, time_sigma=1.0, conditioning="t,t-r", adaptive_p=1.0,
-    tangent=(0.0, 1.0), augment=False, data=IMAGENET, workers=4, log_every=100, sample_every=5000,
-    save_every=5000,
+    tangent=(0.0, 1.0), jvp_velocity="target", augment=False, data=IMAGENET, workers=4,
+    log_every=100, sample_every=5000, save_every=5000,
 )  # fmt: skip
 RECIPES = {name: {} for name in CONFIGS} | {
     "L/2":   dict(omega=0.2, kappa=0.92, cfg_interval=(0.0, 0.8)),
@@ -160,20 +160,17 @@ def parse_args(argv=None):
     add("--time-sigma", type=positive, help="lognorm: its standard deviation")
     add("--omega", type=finite, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
     add("--kappa", type=finite, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
-    add("--omega-range", type=finite, nargs=2, metavar=("LO", "HI"), help="of an omega drawn for "
-        "each sample, for --conditioning t,t-r,omega and sample.py --omega")  # fmt: skip
+    add("--omega-range", type=finite, nargs=2, metavar=("LO", "HI"), help="an omega by sample")
     add("--cfg-interval", type=share, nargs=2, metavar=("LO", "HI"), help="guided where t is in it")
     add("--augment", action=switch, help="random mirroring, scale, stretch, shift; unet only")
     add("--label-drop", type=share, help="probability of the null label")
     add("--adaptive-p", type=finite, help="power of the adaptive weight, Eq. 22; 0 is plain L2")
     add("--adaptive-c", type=positive, default=1e-3, help="constant of the adaptive weight")
     add("--tangent", type=finite, nargs=2, metavar=("DR", "DT"), help="of r and t in the JVP")
-    add("--jvp-velocity", choices=("target", "network"), default="target", help="of z in the JVP: "
-        "the target's or, as in arXiv 2512.02012, the network's own")  # fmt: skip
+    add("--jvp-velocity", choices=("target", "network"), help="whose velocity z follows in the JVP")
 
     add = parser.add_argument_group("improved training, arXiv 2511.19065").add_argument
-    accels = ("none", *schedules.ALPHAS, "dtd")
-    add("--accel", choices=accels, default="dtd", help="how to learn v early")
+    add("--accel", choices=("none", *schedules.ALPHAS, "dtd"), default="dtd", help="how to learn v")
     add("--progressive", action=switch, help="weight beta on r < t; on unless --accel none")
     add("--beta-k", type=positive, default=1.0, help="exponent k of beta's s = 1 - (i / T)^k")
     add("--snr-gamma", type=positive, default=5.0, help="minsnr: clip of the SNR")
@@ -197,8 +194,7 @@ def parse_args(argv=None):
     add("--ema-decay", type=decay, help="of the averaged weights, which are the ones sampled")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; TF32 on GPUs")
     add("--compile", action=switch, default=False, help="torch.compile the network")
-    add("--activation-checkpointing", action=switch, default=False, help="save memory: keep only "
-        "each block's input, run it again for the backward")  # fmt: skip
+    add("--activation-checkpointing", action=switch, default=False, help="less memory, more time")
 
     # differs: the authors' code trains in float32.
     bfloat16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -215,16 +211,18 @@ def parse_args(argv=None):
     guided = (args.omega, args.kappa) != (1, 0)
     # The null label's weight in the target, Eq. 21, is 1 - omega - kappa.
     untrained = args.label_drop == 0 and guided and abs(1 - args.omega - args.kappa) > 1e-9
-    lo, hi = args.cfg_interval
+    unet, sees_omega, (lo, hi) = (
+        args.model in UNETS,
+        "omega" in args.conditioning,
+        args.cfg_interval,
+    )
     for wrong, message in [
         (untrained, "--label-drop 0 never trains the null label, which this guidance needs"),
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
-        (("omega" in args.conditioning) != bool(args.omega_range),
-         "--omega-range LO HI and --conditioning t,t-r,omega need each other"),
-        (args.omega_range and (not guided or args.model in UNETS),
-         "--omega-range is for a DiT with guidance, which --omega 1 --kappa 0 is not"),
+        (sees_omega != bool(args.omega_range) or (sees_omega and (unet or not guided)),
+         "--omega-range LO HI and --conditioning t,t-r,omega need each other, guidance and a DiT"),
         (lo >= hi, "--cfg-interval LO HI needs LO < HI; --omega 1 --kappa 0 is no guidance"),
-        (args.augment and args.model not in UNETS, "--augment is for --model unet alone"),
+        (args.augment and not unet, "--augment is for --model unet alone"),
         (args.augment and guided, "guidance excludes --augment: pass --no-augment"),
         (args.gap and args.gap[0] >= args.gap[1], "--gap LO HI needs LO < HI"),
         (args.gap and args.accel == "dtd", "--gap excludes --accel dtd: both set the times"),
@@ -294,7 +292,6 @@ def main(args):
         say(json.dumps(vars(args), indent=1))
         return
     net.to(device), schedule.to(device)
-    net.omega = args.omega  # of the samples drawn meanwhile
     ema = copy.deepcopy(net).requires_grad_(False).eval()
     update_ema = get_ema_multi_avg_fn(args.ema_decay)
     optimizer = torch.optim.Adam(trained, args.lr, (0.9, args.adam_beta2), fused=True)
@@ -306,11 +303,7 @@ def main(args):
             say(f"note: micro-batches of {split.micro}, not {saved['micro']}: other noise from now")
         del saved
 
-    guidance = dict(omega=args.omega, kappa=args.kappa) if net.num_classes else {}
-    objective = meanflow.Objective(
-        null_label=net.null_label, cfg_interval=args.cfg_interval, tangent=args.tangent,
-        jvp_velocity=args.jvp_velocity, p=args.adaptive_p, c=args.adaptive_c, **guidance,
-    )  # fmt: skip
+    objective = build_objective(args, net)
     model = distributed(net, meta["shape"]) if world > 1 else net
     faster_blocks(net, args.compile, args.activation_checkpointing)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16")
@@ -322,16 +315,14 @@ def main(args):
         torch.manual_seed(keyed_generator(args.seed, step, chunk, 1).initial_seed())  # dropout
         stored, y = (tensor.to(device, non_blocking=True) for tensor in (stored, y))
         x = network_input(stored, meta, generator)  # (B, C, H, W)
-        if args.augment:
-            x, labels = augment(x, generator)  # (B, C, H, W), (B, 6)
+        x, told = augment(x, generator) if args.augment else (x, None)  # (B, C, H, W), (B, 6)
         e = torch.randn(x.shape, generator=generator, device=device)  # (B, C, H, W)
         y = meanflow.drop_labels(y, net.null_label, args.label_drop, generator)  # (B,)
-        if args.augment:
-            y = torch.cat([y[:, None].float(), labels], dim=1)  # (B, 7)
         if args.omega_range:
             lo, hi = args.omega_range
-            omega = lo + (hi - lo) * torch.rand(y.shape, generator=generator, device=device)
-            y = torch.stack([y.float(), omega], dim=1)  # (B, 2)
+            told = lo + (hi - lo) * torch.rand(len(y), 1, generator=generator, device=device)
+        if told is not None:  # beside the label
+            y = torch.cat([y[:, None].float(), told], dim=1)  # (B, 7) or (B, 2)
         t, r, weight = schedule.sample(split.num_eq, split.num_neq, step, generator)  # (B,) each
         v_noise = meanflow.corruption(e - x, args.v_noise, generator) if args.v_noise else None
         return x, e, r, t, y, split.num_neq, weight, objective, v_noise
@@ -369,8 +360,8 @@ def main(args):
         report.metrics(step, saves, learning_rate, schedule)  # or ends a run that diverges
         if saves:
             state = {name: part.state_dict() for name, part in stateful.items()}
-            state |= {"step": step, "args": vars(args), "meta": meta, "micro": split.micro}
-            state |= {"format": CHECKPOINT_FORMAT, "torch": str(torch.__version__)}
+            state |= dict(step=step, args=vars(args), meta=meta, micro=split.micro)
+            state["format"] = CHECKPOINT_FORMAT
             if rank == 0:
                 replace_file(last, partial(torch.save, state))
             say(f"step {step:,}/{steps:,}  saved {last}")
@@ -464,6 +455,13 @@ def read_last(path, args, meta, steps):
     if saved["step"] > steps:
         fail(f"--steps {steps}: {args.out} is at step {saved['step']} already")
     return saved
+
+
+def build_objective(args, net):
+    """The constants of the loss; guidance needs classes."""
+    names = ["cfg_interval", "tangent", "jvp_velocity"] + ["omega", "kappa"] * (net.num_classes > 0)
+    flags = {name: getattr(args, name) for name in names}
+    return meanflow.Objective(net.null_label, p=args.adaptive_p, c=args.adaptive_c, **flags)
 
 
 def build_schedule(args, steps):
@@ -589,7 +587,7 @@ class Report:
 
     def __init__(self, args, meta, ema, split, start, steps, say):
         self.args, self.ema, self.split, self.steps, self.say = args, ema, split, steps, say
-        self.out, self.scale = Path(args.out), meta["scale"]
+        self.out, self.scale, ema.omega = Path(args.out), meta["scale"], args.omega
         self.start = self.saved_at = start
         device = next(ema.parameters()).device
         self.vae = load_vae(args.vae).to(device) if args.vae else None
