@@ -1,4 +1,4 @@
-"""Frechet Inception distance (arXiv 1706.08500) and Inception score (arXiv 1606.03498).
+"""FID (arXiv 1706.08500), KID (arXiv 1801.01401) and Inception score (arXiv 1606.03498) of images.
 
     python fid.py samples.npz VIRTUAL_imagenet256_labeled.npz --inception FILE
     python fid.py IMAGES --crop 256 --inception FILE --save imagenet256.npz      statistics only
@@ -6,7 +6,8 @@
 
 FILE holds the weights of the network that defines the FID, pt_inception-2015-12-05. Each input is
 an .npz of images (arr_0, uint8, NHWC), a folder of images, a pixel dataset of prepare_latents.py,
-or an .npz of statistics (mu and sigma). If it holds images too, as ADM's do, they are not used.
+or an .npz of statistics (mu and sigma). If it holds images too, as ADM's do, they are not used. Few
+images make a FID too large, a KID not; it needs features, which --save stores and ADM's files lack.
 """
 
 import argparse
@@ -30,6 +31,7 @@ FEATURES, CLASSES = 2048, 1008
 # The Inception score is the mean over splits of 5,000 consecutive images, as in ADM's evaluation.
 # differs: torch-fidelity shuffles the images and uses ten equal splits.
 SPLIT = 5000
+KEPT = 5000  # images, picked at random, whose features the kernel distance takes
 
 
 class Conv(nn.Sequential):
@@ -152,6 +154,10 @@ class Statistics:
         splits = len(range(0, count, SPLIT))
         self.net, self.x, self.xx = net, zeros(FEATURES), zeros(FEATURES, FEATURES)
         self.n, self.p, self.p_log_p = zeros(splits), zeros(splits, CLASSES), zeros(splits)
+        self.kept = zeros(min(count, KEPT), FEATURES)
+        self.places = torch.from_numpy(np.random.default_rng(0).permutation(count)).to(
+            self.x.device
+        )
 
     @torch.no_grad()
     def add(self, images, indices):
@@ -161,7 +167,9 @@ class Statistics:
             images = images.to(weight.device, non_blocking=True).expand(-1, 3, -1, -1)
             features = self.net(images).double()
         p = (features @ weight.double().T).softmax(1)  # no bias, as in the score's original code
-        split = torch.as_tensor(indices).to(weight.device) // SPLIT
+        indices = torch.as_tensor(indices).to(weight.device)
+        split, places = indices // SPLIT, self.places[indices]
+        self.kept[places[places < KEPT]] = features[places < KEPT]
         self.x += features.sum(0)
         self.xx += features.T @ features
         self.n.index_add_(0, split, torch.ones_like(p[:, 0]))
@@ -169,18 +177,19 @@ class Statistics:
         self.p_log_p.index_add_(0, split, torch.xlogy(p, p).sum(1))
 
     def result(self):
-        """dict of mu (2048,), sigma (2048, 2048), count and score over the images of all ranks."""
-        sums = [self.x, self.xx, self.n, self.p, self.p_log_p]
+        """dict of mu (2048,), sigma (2048, 2048), count, score and features over all ranks."""
+        sums = [self.x, self.xx, self.n, self.p, self.p_log_p, self.kept]
         if dist.is_initialized():
             for total in sums:
                 dist.all_reduce(total)
-        x, xx, n, p, p_log_p = (total.cpu() for total in sums)
+        x, xx, n, p, p_log_p, kept = (total.cpu() for total in sums)
         p = p / n[:, None]  # p(y) of each split
         divergence = p_log_p / n - torch.xlogy(p, p).sum(1)  # mean of KL(p(y|x) || p(y))
         count, score = int(n.sum()), float(divergence.exp().mean())
         mu = x / count
         sigma = (xx - count * torch.outer(mu, mu)) / (count - 1)
-        return dict(mu=mu.numpy(), sigma=sigma.numpy(), count=count, score=score)
+        features = kept.float().numpy()
+        return dict(mu=mu.numpy(), sigma=sigma.numpy(), count=count, score=score, features=features)
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -197,6 +206,25 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
     return max(float(distance), 0.0)
 
 
+def kernel_distance(x, y):
+    """Unbiased squared MMD of features (n, 2048), (m, 2048), arXiv 1801.01401, Sec. 4; may be < 0.
+
+    differs: torch-fidelity takes the mean over 100 random subsets of 1,000; here all are one set.
+    """
+    x, y = np.float64(x), np.float64(y)
+    kernel = lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3  # noqa: E731
+    within = [(k.sum() - k.trace()) / (len(k) ** 2 - len(k)) for k in (kernel(x, x), kernel(y, y))]
+    return sum(within) - 2 * kernel(x, y).mean()
+
+
+def distances(ours, theirs):
+    """{"fid": float} of two results of Statistics, and "kid" where both have features."""
+    moments = ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"]
+    sides = [side["features"] for side in (ours, theirs) if "features" in side]
+    kid = {"kid": kernel_distance(*sides)} if len(sides) == 2 else {}
+    return {"fid": frechet_distance(*moments)} | kid
+
+
 # ---------------------------------------------------------------------------- inputs
 
 
@@ -211,7 +239,7 @@ def open_npz(path):
 
 
 def load_statistics(path):
-    """dict of mu (2048,), sigma (2048, 2048) and, if stored, count and score. None without mu."""
+    """What Statistics.result() gave; of others' files only mu and sigma. None without mu."""
     if path.is_dir():
         return None
     with open_npz(path) as file:
@@ -219,7 +247,7 @@ def load_statistics(path):
         if prefix + "mu" not in file:
             return None
         found = {name: file[prefix + name].astype(np.float64) for name in ("mu", "sigma")}
-        found |= {name: file[name].item() for name in ("count", "score") if name in file}
+        found |= {k: file[k][()] for k in ("count", "score", "features") if k in file}
     for name, shape in [("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))]:
         if found[name].shape != shape or not np.isfinite(found[name]).all():
             fail(f"{path}: {name} must be finite numbers of shape {shape}; make it again")
@@ -340,7 +368,8 @@ def main(args):
         replace_file(args.save, lambda file: np.savez(file, **sides[0]))
         say(f"{args.save}: statistics of {args.samples}")
     if rank == 0 and len(sides) == 2:
-        say(f"FID {frechet_distance(*(side[k] for side in sides for k in ('mu', 'sigma'))):.4f}")
+        found = distances(*sides)
+        say(f"FID {found['fid']:.4f}" + (f", KID {found['kid']:.6f}" if "kid" in found else ""))
     leave_ranks()
 
 

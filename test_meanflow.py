@@ -1865,6 +1865,7 @@ def test_inception_equals_the_one_of_torch_fidelity(photographs, inception):
 
 def test_statistics_equal_numpys_and_the_inception_score_its_definition(inception, monkeypatch):
     monkeypatch.setattr(fid, "SPLIT", 6)
+    monkeypatch.setattr(fid, "KEPT", 5)
     net, g = fid.load_inception(inception), torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (15, 3, 8, 8), dtype=torch.uint8, generator=g)
     images //= torch.arange(1, 16, dtype=torch.uint8).view(15, 1, 1, 1)
@@ -1875,6 +1876,8 @@ def test_statistics_equal_numpys_and_the_inception_score_its_definition(inceptio
     features = net(images).double()
     assert_close(found["mu"], features.mean(0).numpy(), rtol=1e-5, atol=1e-6)
     assert_close(found["sigma"], np.cov(features.T), rtol=1e-4, atol=1e-5)
+    picks = np.argsort(np.random.default_rng(0).permutation(15))[:5]
+    assert_close(found["features"], features[picks].float().numpy(), rtol=1e-4, atol=1e-5)
     p = (features @ net.fc.weight.T.double()).softmax(1).numpy()  # without the bias
     parts = p[:6], p[6:12], p[12:]
     scores = [np.exp(scipy.stats.entropy(part.T, part.mean(0)[:, None]).mean()) for part in parts]
@@ -1900,6 +1903,16 @@ def test_the_distance_equals_closed_forms_scipys_matrix_root_and_pytorch_fids():
     assert fid.frechet_distance(*statistics) == pytest.approx(theirs(*statistics), rel=1e-6)
 
 
+def test_the_kernel_distance_equals_torch_fidelitys():
+    x, y = torch.randn(2, 60, 2048, generator=torch.Generator().manual_seed(0)).abs().double()
+    kid = peer("torch_fidelity.metric_kid").kid_features_to_metric
+    for other in (x[:30], y):
+        n = len(other)
+        theirs = kid(x[-n:], 1.1 * other, kid_subsets=1, kid_subset_size=n, verbose=False)
+        ours = fid.kernel_distance(x[-n:], 1.1 * other)
+        assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+
+
 def test_fid_takes_every_kind_of_input(glyphs, inception, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     pixels = prepare_latents.Dataset(glyphs).images[:6].transpose(0, 2, 3, 1)
@@ -1921,7 +1934,8 @@ def test_fid_takes_every_kind_of_input(glyphs, inception, tmp_path, monkeypatch,
     np.savez("adm.npz", ref_mu=saved["mu"], ref_sigma=saved["sigma"], arr_0=pixels[:1])
     kinds = "raw.npz s.npz, packed.npz adm.npz, folder set, s.npz s.npz, folder s.npz --crop 8"
     lines = [measure(*kind.split())[-1] for kind in kinds.split(", ")]
-    *same, none, cropped = (float(line.removeprefix("FID ")) for line in lines)
+    assert [", KID" in line for line in lines] == [True, False, True, True, True]  # ADM's has none
+    *same, none, cropped = (float(line.removeprefix("FID ").split(",")[0]) for line in lines)
     assert same == pytest.approx([same[0]] * 3, rel=1e-4)
     assert none < 1e-4 * np.trace(saved["sigma"])
     assert min(same[0], abs(cropped - same[0])) > 0.1

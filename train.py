@@ -598,9 +598,9 @@ class Report:
             say(f"note: {args.vae} is not the VAE that made the latents of {args.data}")
         if args.fid_every:
             self.inception = fid.load_inception(args.inception).to(device)
-            if not (reference := fid.load_statistics(Path(args.fid_ref))):
+            self.reference = fid.load_statistics(Path(args.fid_ref))
+            if not self.reference:
                 fail(f"--fid-ref {args.fid_ref} holds no mu and sigma")
-            self.reference = reference["mu"], reference["sigma"]
         # Rows of up to ten classes, always from the same noise.
         self.classes = [0] * 10
         if ema.num_classes:
@@ -688,9 +688,9 @@ class Report:
             ours = fid.measure(self.inception, samples, "FID", rank=split.rank, world=split.world)
             row = {"step": step, "inception_score": ours["score"], "fid_samples": args.fid_num}
             if split.rank == 0:
-                row["fid"] = fid.frechet_distance(ours["mu"], ours["sigma"], *self.reference)
-                shown = f"FID {row['fid']:.5g} of {args.fid_num:,} samples"
-                self.say(f"step {step:,}/{self.steps:,}  {shown}")
+                row |= (found := fid.distances(ours, self.reference))
+                shown = ", ".join(f"{name.upper()} {found[name]:.5g}" for name in found)
+                self.say(f"step {step:,}/{self.steps:,}  {shown} of {args.fid_num:,} samples")
                 self.write(row)
         if not self.history:
             self.clock = time.time()
