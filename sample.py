@@ -97,6 +97,7 @@ def parse_args(argv=None):
     add("--random-classes", action="store_true", help="draw the labels at random, not in turn")
     add("--nfe", type=int, default=1, help="evaluations of the network for a picture")
     add("--velocity", action="store_true", help="Euler on u(z, t, t), the instantaneous velocity")
+    add("--omega", type=float, help="guidance, of a network trained with --omega-range")
     add("--seed", type=int, default=0, help="another seed draws other noise")
     add("--batch-size", type=int, default=250, help="pictures at once on a rank")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
@@ -133,6 +134,9 @@ def main(args):
             replace_file(args.export, partial(torch.save, exported(checkpoint)))
         leave_ranks()
         return
+    if (needs := "omega" in checkpoint["args"]["conditioning"]) != (args.omega is not None):
+        fail(f"{args.checkpoint} {'needs' if needs else 'takes no'} --omega")
+    net.omega = args.omega or 0.0
     out, kind, num = args.out, args.kind, args.num
     net, meta = net.to(device), checkpoint["meta"]
     vae = load_vae(args.vae).to(device) if args.vae else None
@@ -151,6 +155,7 @@ def main(args):
 
     # The settings are stored with the pictures, so that two different runs are never mixed.
     names = ["num", "classes", "random_classes", "nfe", "velocity", "seed", "batch_size", "dtype"]
+    names += ["omega"] * (args.omega is not None)
     weights = [part and fingerprint(part.state_dict()) for part in (net, vae)]
     settings = json.dumps({name: vars(args)[name] for name in names} | {"weights": weights})
     folder = out.with_name(out.name + ".parts") if kind else out

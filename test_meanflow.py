@@ -1763,6 +1763,22 @@ def test_an_exported_network_draws_and_starts_like_its_checkpoint(checkpoint, gl
     assert metrics(tmp_path / "one") == metrics(tmp_path / "two")
 
 
+def test_guidance_can_be_changed_in_sampling_after_training_on_a_range(glyphs, tmp_path, capsys):
+    flags = ["--conditioning", "t,t-r,omega", "--omega-range", 0.5, 2, "--ema-decay", 0.1]
+    for steps in (2, 3):  # the second resumes
+        run(glyphs, tmp_path, *flags, "--steps", steps)
+    checkpoint, net = tmp_path / "last.pt", tmp_path / "net.pt"
+    sample.main(sample.parse_args([str(checkpoint), "--export", str(net)]))
+    drawn = sampled(net, tmp_path / "2.npz", "--num", 8, "--omega", 2)
+    net, _ = load(net)
+    y = torch.stack([torch.arange(8.0), torch.full((8,), 2.0)], 1)
+    x = meanflow.sample(net, sample.noise(range(8), (1, 16, 16)), y)
+    assert (drawn[..., 0] == prepare_latents.to_uint8(x)[:, 0].numpy()).all()
+    net.omega = 1.0
+    assert (x != sample.draw(net, torch.arange(8))).any()
+    refusal(capsys, 1, "last.pt needs --omega", sample, checkpoint, "--out", tmp_path / "x.png")
+
+
 class OwnNetwork(nn.Module):
     """With a weight that two layers share, a parameter without gradient, a buffer and dropout."""
 
@@ -2039,6 +2055,10 @@ BAD_INPUT = [
     (2, "train --gap 0.1 0.3", "--gap"),
     (2, "train --fid-every 100", "--fid-ref"),
     (2, "train --beta-k 2 --no-progressive", "--beta-k has no effect without --progressive"),
+    (2, "train --omega-range 1 3", "--omega-range LO HI and --conditioning t,t-r,omega need each"),
+    (2, "train --omega-range 1 3 --conditioning t,t-r,omega --kappa 0", "each other, guidance and"),
+    (2, "train --conditioning t,t-r,omega", "--omega-range LO HI and --conditioning t,t-r,omega"),
+    (1, "sample last.pt --out x --omega 2", "last.pt takes no --omega"),
     (2, "train --snr-gamma 4", "--snr-gamma has no effect without --accel minsnr"),
     (2, "train --dtd-cap 0.1 --accel none", "--dtd-cap has no effect without --accel dtd"),
     (2, "train --tangent 1 1 --r-neq-t 0", "--tangent has no effect"),
