@@ -392,11 +392,8 @@ def test_random_layers_draw_the_same_for_u_and_its_derivative(mask, guidance):
 def test_a_compiled_or_checkpointed_step_equals_the_textbook(kind, checkpointed, compiled):
     """Also with dropout, in the U-Net, and with guidance, in the DiT. Compiled in one graph: a
     break in it would be an error; and once. In a compiled block du/dt would be wrong."""
-    net, goal, (*batch, weight) = (
-        small_dit(),
-        Objective(3, 0.2, 0.92, (0.2, 0.8)),
-        small_batch(12, 8),
-    )
+    net, goal = small_dit(), Objective(3, 0.2, 0.92, (0.2, 0.8))
+    *batch, weight = small_batch(12, 8)
     if kind == "U-Net":
         net, goal = random_weights(UNet(3, 8, 3, depth=1, width=32)), Objective(3)
         batch[:2] = torch.randn(2, 20, 3, 8, 8, dtype=torch.float64)
@@ -853,9 +850,7 @@ def test_pictures_are_halved_then_resized_then_cropped_to_their_centre():
     ]:  # fmt: skip
         with mock.patch.object(Image.Image, "resize", autospec=True, side_effect=resize) as resized:
             crop = prepare_latents.center_crop(Image.fromarray(picture), len(expected))
-        assert all(
-            math.prod(call.args[1]) < 50_000 for call in resized.mock_calls
-        )  # not 82 million
+        assert max(math.prod(call.args[1]) for call in resized.mock_calls) < 100_000  # not 82 M
         assert np.abs(np.asarray(crop, float) - expected).max() <= most
 
 
@@ -1182,9 +1177,7 @@ def test_interrupted_sampling_goes_on_to_the_same_file(checkpoint, tmp_path, mon
     assert saved[5:] == [4]
 
 
-def test_pictures_without_classes_train_without_guidance_and_are_drawn(
-    colours, tmp_path, monkeypatch
-):
+def test_pictures_without_classes_train_unguided_and_are_drawn(colours, tmp_path, monkeypatch):
     monkeypatch.setattr(meanflow, "guided_velocity", None)
     state = run(colours, tmp_path, "--steps", 2)
     assert len(state["net"]["label_embed.weight"]) == 1  # the null label's
@@ -1302,7 +1295,6 @@ def test_public_weights_that_do_not_fit_are_refused(tmp_path, capsys, kind, chan
 
 NESTED = {  # of weights w and their average a: what training scripts save, and what the note says
     "plain": (lambda w, a: a, "no average found"),
-    "ema": (lambda w, a: {"model": w, "ema": a, "opt": {"state": {0: {"exp_avg": 1}}}}, "ema"),
     "model_ema": (lambda w, a: {"model": w, "model_ema": a}, "model_ema"),
     "ema_state_dict": (lambda w, a: {"state_dict": w, "ema_state_dict": a}, "ema_state_dict"),
     "shadow": (lambda w, a: {"net": w, "ema": {"decay": 0.99, "shadow": a}}, "ema.shadow"),
@@ -1331,14 +1323,6 @@ def test_the_average_is_found_in_any_wrapping(tmp_path, front, nested):
     assert words in found["note"].split("weights: ")[1]
 
 
-class Config(argparse.Namespace):
-    """What a training script may save beside its weights."""
-
-
-class Names(list):
-    """A list of another type, which torch does not read."""
-
-
 class Payload:
     """Runs a command where it is unpickled as pickle does."""
 
@@ -1353,14 +1337,14 @@ def test_no_code_in_a_file_is_executed_and_its_weights_are_read(tmp_path, monkey
     monkeypatch.chdir(tmp_path)
     state = public_weights("t,t-r", "tiny", 1, 16, 10)
     beside = [argparse.Namespace(lr=1), np.float64(1), np.random.get_state(), Path("a")]
-    beside += [Config(lr=collections.defaultdict(list, a=[1])), {np.int64(3): 1}, {Path("a")}]
+    beside += [Objective(c=collections.defaultdict(list, a=[1])), {np.int64(3): 1}, {Path("a")}]
     beside += [collections.defaultdict(dict, a={}), Payload(eval, "open('trace', 'w')")]
     for value in beside:
         torch.save({"ema": state, "beside": value}, "x.pt")
         assert load("x.pt")[1]["note"].endswith("weights: ema")
     run_command, tensors = Payload(os.system, "touch trace"), {"epoch": 1, "w": {}, "ema": state}
     read = "{k: torch.load('x.pt', weights_only=False)[k] for k in ['w', 'ema']}"
-    for value in (run_command, Names("ab")):
+    for value in (run_command, collections.deque("ab")):
         torch.save(tensors | {"beside": value}, "x.pt")
         words = "more than tensors (epoch, w, ema, beside); if you trust it, read the new.pt of "
         words += f'torch.save({read}, "new.pt")'
@@ -1659,8 +1643,7 @@ def test_a_place_in_a_job_that_cannot_be_is_refused(checkpoint, tmp_path, monkey
         monkeypatch.setenv(name, "")
     sampled(checkpoint, tmp_path / "x.png", "--num", 4)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
-    with pytest.raises(SystemExit, match="LOCAL_WORLD_SIZE is 0"):
-        prepare_latents.parse_args(["x", "--out", "y"])
+    refusal(capsys, 1, "LOCAL_WORLD_SIZE is 0", prepare_latents, "x", "--out", "y")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
@@ -1953,7 +1936,7 @@ def test_the_data_order_visits_every_sample_once_an_epoch_in_micro_batches_of_an
     assert (orders[0][0] != orders[0][1]).any()
 
 
-@pytest.mark.parametrize("flag", ["dtype=bfloat16", "activation-checkpointing", slow("compile")])
+@pytest.mark.parametrize("flag", ["dtype=bfloat16", "activation-checkpointing"])
 def test_a_faster_or_smaller_run_takes_the_same_steps(glyphs, tmp_path, flag):
     flags = ["--steps", 3, "--lr", 1e-3, "--init-from", random_start(glyphs, tmp_path / "given")]
     for out, more in [("plain", []), ("other", [f"--{flag}"])]:
@@ -2038,8 +2021,9 @@ def rank_of_a_run(rank, port, flags, out):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["tiny", "own", "unet"])
 def test_two_ranks_train_as_one_and_one_goes_on(glyphs, colours, tmp_path, monkeypatch, model):
-    """One rank takes the textbook's steps on whole batches, see above; also with dropout, weights
-    that are shared or not used, and augmentation."""
+    """One rank takes the textbook's steps on whole batches, see above. Also compiled, which gives a
+    graph for each way through a block, and not for each block, rank, micro-batch or step; with
+    dropout, weights that are shared or not used, and augmentation."""
     own_networks(monkeypatch)
     flags = ["--model", model, "--micro-batch-size", 2, "--warmup", 0, "--lr", 1e-3]
     flags += ["--r-neq-t", 0.5, "--accel", "none"]
@@ -2047,7 +2031,12 @@ def test_two_ranks_train_as_one_and_one_goes_on(glyphs, colours, tmp_path, monke
     flags += ["--init-from", random_start(data, tmp_path / "given", *flags)]
     alone = run(data, tmp_path / "one", *flags, "--steps", 4)
     two = tiny(data, tmp_path / "two", *flags, "--steps", 2)
+    two += ["--compile", "--activation-checkpointing"] * (model == "tiny")
     torch.multiprocessing.spawn(rank_of_a_run, (free_port(), two, tmp_path), 2)
+    for rank in range(2):
+        graphs, breaks = torch.load(tmp_path / f"{rank}.graphs")
+        # u of all samples and of those with r < t without gradient; u of all with it
+        assert (graphs, sum(breaks.values())) == (3 * (model == "tiny"), 0)
     state = run(data, tmp_path / "two", *flags, "--steps", 4)
     for one, two in zip(metrics(tmp_path / "one"), metrics(tmp_path / "two"), strict=True):
         assert one == pytest.approx(two, rel=1e-4)
@@ -2089,19 +2078,6 @@ def test_a_step_never_waits_for_the_device(glyphs, tmp_path, monkeypatch, accel)
     assert mode.names.count("_foreach_lerp_") == 4
     waits = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "masked index", "_unique2"}
     assert not waits & set(mode.names)
-
-
-@pytest.mark.slow
-def test_a_compiled_run_has_a_graph_for_each_way_through_a_block(glyphs, tmp_path):
-    """And not for each block, rank, micro-batch or step; on two ranks, with checkpointing."""
-    flags = ["--compile", "--steps", 5, "--batch-size", 16, "--micro-batch-size", 4]
-    flags += ["--omega", 0.5, "--kappa", 0.3, "--activation-checkpointing"]
-    args = free_port(), tiny(glyphs, tmp_path, *flags), tmp_path
-    torch.multiprocessing.spawn(rank_of_a_run, args, 2)
-    for rank in range(2):
-        graphs, breaks = torch.load(tmp_path / f"{rank}.graphs")
-        # u of all samples and of those with r < t without gradient; u of all with it
-        assert (graphs, sum(breaks.values())) == (3, 0)
 
 
 # ---------------------------------------------------------------------------- runs that survive
@@ -2399,11 +2375,8 @@ def test_the_tables_of_digits_follow_from_the_runs():
     dtd |= {"dtd-patience-20": "by the loss", "none": "no DTD"}
     guided = {"guided": "MeanFlow", "guided-minsnr-beta": "+ MinSNR + β"}
     guided |= {"guided-dtd-beta": "+ DTD + β"}
-    ways, lengths, tables = (
-        {"1 step": "1", "2 steps": "2", "Euler": "euler"},
-        [1000, 2000, 4000],
-        [],
-    )
+    ways = {"1 step": "1", "2 steps": "2", "Euler": "euler"}
+    lengths, tables = [1000, 2000, 4000], []
     for rows, steps, titles in [
         (plain, [500, *lengths], ways), (uniform, lengths, ways), (uniform_u, lengths, ["1 step"]),
     ]:  # fmt: skip
@@ -2423,7 +2396,7 @@ def test_the_code_of_the_readme_draws_its_data_in_one_step(two_dimensions):
     code = re.search(r"^```python\n(.*?)^```", (HERE / "README.md").read_text(), re.M | re.S)[1]
     torch.manual_seed(0)
     net, data = two_dimensions.Network(), two_dimensions.points("three gaussians")
-    names = dict(torch=torch, meanflow=meanflow, schedules=schedules, steps=3000, net=net)
+    names = dict(torch=torch, meanflow=meanflow, schedules=schedules, steps=2000, net=net)
     names |= dict(data=data.float().view(-1, 2, 1, 1), optimizer=torch.optim.Adam(net.parameters()))
     exec(code, names)
     distances = torch.cdist(names["x"].flatten(1), data.float()) / data.std()
