@@ -162,12 +162,12 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
     def inputs(part):
         return z[part], r[part], t[part], y if y is None else y[part]
 
+    z_neq, _, t_neq, y_neq = inputs(slice(n, None))
     with torch.no_grad():
-        z_neq, _, t_neq, y_neq = inputs(slice(n, None))
+        u_null = bare(z, t, t, null_labels(y, objective)) if objective.guided else z  # (B, C, H, W)
         u_neq = bare(z_neq, t_neq, t_neq, y_neq) if objective.needs_velocity and num_neq else v_neq
-        if objective.guided:
-            u_null = bare(z, t, t, null_labels(y, objective))  # (B, C, H, W)
-            v_neq = guided_velocity(v_neq, u_neq, u_null[n:], t_neq, y_neq, objective)
+    if objective.guided:
+        v_neq = guided_velocity(v_neq, u_neq, u_null[n:], t_neq, y_neq, objective)
     along = u_neq.to(z.dtype) if objective.jvp_velocity == "network" else v_neq
     # Dropout and other random layers must draw the same numbers for u and for du/dt. If there are
     # any, the last samples run by themselves, from the same state of the generators.
