@@ -1417,7 +1417,7 @@ def test_a_picture_depends_on_its_seed_and_index_alone(checkpoint, tmp_path):
     assert_close(net.state_dict(), state["ema"], rtol=0, atol=0)
     x = (e - net(e, torch.zeros(12), torch.ones(12), y)).permute(0, 2, 3, 1).detach().numpy()
     assert np.abs(whole - np.floor(127.5 * x + 128).clip(0, 255)).max() <= 1
-    assert prepare_latents.to_uint8(torch.tensor([-2, 0, 0.999, 2])).tolist() == [0, 128, 255, 255]
+    assert prepare_latents.to_pixels(torch.tensor([-2, 0, 0.999, 2])).tolist() == [0, 128, 255, 255]
     assert np.abs(whole - draw("b.npz", "--batch-size", 5)).max() <= 1  # other rounding
     assert 0 < np.abs(whole - draw("c.npz", "--dtype", "bfloat16")).max() <= 8
     assert (draw("d.npz", "--seed", 1) != whole).mean() > 0.5
@@ -2223,7 +2223,7 @@ def test_a_trained_run_draws_the_digits_it_is_asked_for(tmp_path):
         labels = torch.arange(1000 if name == "Euler" else 5000) % 10
         parts = torch.arange(len(labels)).split(500)
         x = torch.cat([sample.draw(net, labels[i], i.tolist(), 1, **way) for i in parts])
-        right, variety, distance = judge(prepare_latents.to_uint8(x), labels)
+        right, variety, distance = judge(torch.from_numpy(prepare_latents.to_pixels(x)), labels)
         print(f"{run}, {name}: right {right:.1%}, variety {variety:.2f}, distance {distance:.1f}")
         found.append((right, variety))
     rights, varieties = zip(*found, strict=True)
