@@ -313,11 +313,10 @@ class ImageFolder:
             fail(f"{root} holds no pictures, neither itself nor in folders of classes")
         if 0 < len(flat) < len(paths):
             fail(f"{root} holds pictures, {flat[0]} among them, beside folders of classes")
-        self.size, self.classes = size, sorted({name[0] for name in names})
-        if flat or unconditional:
-            self.classes = []
+        self.size, self.paths = size, paths
+        self.classes = [] if flat or unconditional else sorted({name[0] for name in names})
         numbers = {name: number for number, name in enumerate(self.classes)}
-        self.paths, self.labels = paths, [numbers.get(name[0], 0) for name in names]
+        self.labels = [numbers.get(name[0], 0) for name in names]
         text = "\n".join("/".join(name) for name in names)
         self.fingerprint = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
@@ -333,16 +332,41 @@ class ImageFolder:
         return pixels, labels, faults
 
 
-@torch.no_grad()
-def posterior(vae, pixels, dtype):
-    """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
-    pixels = torch.from_numpy(pixels.copy()).to(vae.quant_conv.weight.device)
-    mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
-    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
-    if not np.isfinite(rows).all():
-        more = "" if dtype == "float32" else " Or pass --dtype float32"
-        fail(f"--vae gives latents that are no numbers: are its weights damaged?{more}")
-    return rows
+# ---------------------------------------------------------------------------- CIFAR-10
+
+
+class Cifar:
+    """CIFAR-10's training pictures in the order of their files. cifar[indices]: see ImageFolder.
+
+    source: cifar-10-binary.tar.gz, or its folder, with data_batch_1.bin to data_batch_5.bin. A
+    record is a byte for the label and 3,072 for the picture.
+    """
+
+    def __init__(self, source, unconditional=False):
+        source, records = Path(source), []
+        try:
+            if source.is_dir():
+                files = {path.name: path.read_bytes() for path in source.glob("*.bin")}
+            else:  # decompressed whole, which checks its checksum
+                data = io.BytesIO(gzip.decompress(source.read_bytes()))
+                with tarfile.open(fileobj=data) as tar:
+                    members = {Path(m.name).name: m for m in tar if m.isfile()}
+                    files = {name: tar.extractfile(m).read() for name, m in members.items()}
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            fail(f"{source} is no whole .tar.gz file ({error})")
+        for name in (f"data_batch_{number}.bin" for number in range(1, 6)):
+            if not files.get(name) or len(files[name]) % 3073:
+                fail(f"{source} holds no whole {name} of CIFAR-10's binary version")
+            records.append(np.frombuffer(files[name], np.uint8).reshape(-1, 3073))
+        records = np.concatenate(records)
+        self.labels, self.images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
+        self.classes = CIFAR_CLASSES
+        if unconditional:
+            self.classes, self.labels = [], 0 * self.labels
+        self.fingerprint = hashlib.sha256(self.images.tobytes()).hexdigest()[:16]
+
+    def __getitem__(self, indices):
+        return self.images[indices], self.labels[indices], []
 
 
 # ---------------------------------------------------------------------------- built-in pictures
@@ -379,45 +403,6 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
         writer.write(0, np.stack([draw_digit(k, size, rng)[None] for k in labels]), labels)
     writer.finish()
     os.close(held)
-
-
-# ---------------------------------------------------------------------------- CIFAR-10
-
-
-class Cifar:
-    """CIFAR-10's training pictures in the order of their files. cifar[indices]: see ImageFolder.
-
-    source: cifar-10-binary.tar.gz, or its folder, with data_batch_1.bin to data_batch_5.bin. A
-    record is a byte for the label and 3,072 for the picture.
-    """
-
-    def __init__(self, source, unconditional=False):
-        source, records = Path(source), []
-        try:
-            if source.is_dir():
-                files = {path.name: path.read_bytes() for path in source.glob("*.bin")}
-            else:  # decompressed whole, which checks its checksum
-                data = io.BytesIO(gzip.decompress(source.read_bytes()))
-                with tarfile.open(fileobj=data) as tar:
-                    members = {Path(m.name).name: m for m in tar if m.isfile()}
-                    files = {name: tar.extractfile(m).read() for name, m in members.items()}
-        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-            fail(f"{source} is no whole .tar.gz file ({error})")
-        for name in (f"data_batch_{number}.bin" for number in range(1, 6)):
-            if not files.get(name) or len(files[name]) % 3073:
-                fail(f"{source} holds no whole {name} of CIFAR-10's binary version")
-            records.append(np.frombuffer(files[name], np.uint8).reshape(-1, 3073))
-        records = np.concatenate(records)
-        self.labels, self.images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
-        if self.labels.max() > 9:
-            fail(f"{source} has labels above 9, unlike CIFAR-10")
-        self.classes = CIFAR_CLASSES
-        if unconditional:
-            self.classes, self.labels = [], 0 * self.labels
-        self.fingerprint = hashlib.sha256(self.images.tobytes()).hexdigest()[:16]
-
-    def __getitem__(self, indices):
-        return self.images[indices], self.labels[indices], []
 
 
 # ---------------------------------------------------------------------------- the VAE
@@ -552,6 +537,17 @@ def load_vae(path):
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster
 
 
+@torch.no_grad()
+def posterior(vae, pixels, dtype):
+    """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
+    pixels = torch.from_numpy(pixels.copy()).to(vae.quant_conv.weight.device)
+    mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
+    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
+    if not np.isfinite(rows).all():
+        fail("--vae gives latents that are no numbers: are its weights damaged? Try --dtype float32")
+    return rows
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -565,9 +561,9 @@ def parse_args(argv=None):
     add("--vae", help="weights of the VAE that turns images into latents, in diffusers' format")
     add("--size", type=int, help="height and width in pixels; glyphs 16, pixels 32, latents 256")
     add("--unconditional", action="store_true", help="leave out the classes")
-    add("--flip", action="store_true", help="folder: store the mirror images too")
+    add("--flip", action="store_true", help="store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
-    add("--batch-size", type=int, default=32, help="folder: images at once on a rank")
+    add("--batch-size", type=int, default=32, help="images at once on a rank")
     add("--workers", type=int, default=default_workers(), help="folder: processes that read files")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
@@ -587,7 +583,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    """The digits, or a folder of images as pixels or latents; mirrored ones only by --flip.
+    """The digits; or CIFAR-10, or a folder of images as pixels or latents, mirrored ones by --flip.
 
     Work is split into batches of given pictures, so the arrays do not depend on the number of ranks
     or on interruptions. differs: latents are float16 by default; the authors' code has float32.
@@ -596,7 +592,7 @@ def main(args):
         write_glyphs(args.out, args.count, args.size, args.seed)
         return
     rank, world, device = join_ranks()
-    if Path(args.source).is_file() or [*Path(args.source).glob("data_batch_*.bin")]:
+    if Path(args.source).is_file() or any(Path(args.source).glob("data_batch_*.bin")):
         if args.vae or args.size != 32:
             fail("--vae and --size are for a folder of images, not for CIFAR-10")
         source = Cifar(args.source, args.unconditional)
@@ -677,7 +673,7 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the
         fail(f"torch {torch.__version__}: 2.11 is needed; bfloat16 trains wrongly on older ones")
     rank, world, local = (of_job(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     untold = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if not 0 <= rank < world or (world > 1 and untold):
+    if rank >= world or (world > 1 and untold):
         fail(f"RANK {rank} of WORLD_SIZE {world}: no job that torchrun started; unset them")
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -720,7 +716,7 @@ def leave_ranks():
 
 
 def batches_of(count, size):
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+    return [range(count)[first : first + size] for first in range(0, count, size)]
 
 
 def default_workers():
@@ -755,7 +751,7 @@ class Progress:
     def __call__(self, more):
         self.done, now = self.done + more, time.time()
         due = self.done == self.total or now - self.shown > 10
-        if due and os.environ.get("RANK", "0") == "0":
+        if due and not of_job("RANK"):
             left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
             print(f"{self.what}: {self.done / self.total:.1%}, {left} left", file=sys.stderr)
             self.shown = now
