@@ -544,7 +544,7 @@ def posterior(vae, pixels, dtype):
     mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
     rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
     if not np.isfinite(rows).all():
-        fail("--vae gives latents that are no numbers: are its weights damaged? Try --dtype float32")
+        fail("--vae gave latents that are no numbers: are its weights damaged? Try --dtype float32")
     return rows
 
 
