@@ -320,10 +320,8 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=128):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(
-        prog="fid.py", description=__doc__.splitlines()[0], allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )  # fmt: skip
+    about, style = __doc__.splitlines()[0], argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add, workers = parser.add_argument, default_workers()
     add("samples", type=Path, help=".npz of images or of statistics, dataset, folder of images")
     add("reference", type=Path, nargs="?", help="the same; may be left out with --save")
@@ -338,9 +336,6 @@ def parse_args(argv=None):
         parser.error("--batch-size and --crop must be at least 1, --workers at least 0")
     if not (args.reference or args.save):
         parser.error("name a REFERENCE, or --save FILE for the statistics of SAMPLES alone")
-    for path in args.paths:
-        if not (path.is_file() if path.suffix == ".npz" else path.is_dir()):
-            parser.error(f"{path} does not exist, or is neither an .npz nor a folder")
     if args.save and (args.save.suffix != ".npz" or not args.save.parent.is_dir()):
         parser.error(f"--save {args.save}: name an .npz in a directory that exists")
     if args.save and args.save.exists():

@@ -46,7 +46,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
-from PIL import ExifTags, Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -64,9 +64,6 @@ SYSTEM_NAMES = re.compile(
     r"\..*|@eaDir|#recycle|\$RECYCLE\.BIN|__MACOSX|lost\+found|System Volume Information|Thumbs\.db"
 )
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # or a PNG with a long text beside its pixels is refused
-# What turns a picture, by the orientation in its EXIF data, into what a viewer shows.
-TURNS = [None, None, "FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE"]
-TURNS += ["ROTATE_270", "TRANSVERSE", "ROTATE_90"]
 CIFAR_CLASSES = ["airplane", "automobile", "bird", "cat", "deer"]
 CIFAR_CLASSES += ["dog", "frog", "horse", "ship", "truck"]
 # Of the layers of attention, in older files with diffusers' names.
@@ -176,6 +173,7 @@ class DatasetWriter:
 
     def __init__(self, out, meta):
         self.out, self.meta = Path(out), meta
+        images, labels = self.out / "images.npy", self.out / "labels.npy"
         self.complete = (self.out / "meta.json").exists()
         record = self.out / ("meta.json" if self.complete else DRAFT)
         if record.exists():
@@ -189,12 +187,8 @@ class DatasetWriter:
                     fail(f"--out {out} holds a {name} without its meta.json; name another")
             text = json.dumps(meta, indent=1) + "\n"
             replace_file(record, lambda file: file.write(text.encode()))
-        images, labels = self.out / "images.npy", self.out / "labels.npy"
-        if not self.complete and not images.exists():  # under another name until it has its size
-            whole = self.out / "images.npy.tmp"
-            np.lib.format.open_memmap(whole, "w+", meta["dtype"], stored_shape(meta))
-            os.replace(whole, images)
-        if not self.complete and not labels.exists():
+        if not self.complete and not labels.exists():  # the last of the files that are made
+            np.lib.format.open_memmap(images, "w+", meta["dtype"], stored_shape(meta))
             empty = np.full(meta["count"], EMPTY, np.int32)
             replace_file(labels, lambda file: np.save(file, empty))
         self.images, self.labels = np.load(images, mmap_mode="r"), np.load(labels, mmap_mode="r")
@@ -214,8 +208,6 @@ class DatasetWriter:
     def finish(self, vae=None):
         """Rank 0, after all ranks have written. The VAE decodes the preview of latents."""
         labels = np.load(self.out / "labels.npy")
-        if (labels == EMPTY).any():
-            fail(f"{self.out} has rows that were not written; run the command again")
         found, shape = labels[labels >= 0], tuple(self.meta["shape"])
         if not len(found):
             fail(f"{self.meta['source']} holds no readable picture")
@@ -246,8 +238,7 @@ def read_image(path, size=None):
         with open(path, "rb") as file, Image.open(file) as image:
             image.load()  # which turns a TIFF by itself
             with suppress(Exception):  # the pixels may be whole where the EXIF data are not
-                turn = TURNS[image.getexif()[ExifTags.Base.Orientation]]
-                image = image.transpose(Image.Transpose[turn])
+                ImageOps.exif_transpose(image, in_place=True)  # turns before it edits the data
             if image.mode == "F" or (image.mode, image.format) == ("I", "TIFF"):
                 raise ValueError("pixels of 32 bits, or with a sign, have no known range")
             if image.mode.startswith("I"):  # 16 bits, which convert would clip to 8
@@ -322,12 +313,10 @@ class ImageFolder:
             fail(f"{root} holds no pictures, neither itself nor in folders of classes")
         if 0 < len(flat) < len(paths):
             fail(f"{root} holds pictures, {flat[0]} among them, beside folders of classes")
-        self.size, self.classes = size, sorted({name[0] for name in names})
-        if flat or unconditional:
-            self.classes = []
+        self.size, self.paths = size, paths
+        self.classes = [] if flat or unconditional else sorted({name[0] for name in names})
         numbers = {name: number for number, name in enumerate(self.classes)}
-        labels = [numbers.get(name[0], 0) for name in names]
-        self.files = list(zip(paths, labels, strict=True))
+        self.labels = [numbers.get(name[0], 0) for name in names]
         text = "\n".join("/".join(name) for name in names)
         self.fingerprint = hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
 
@@ -335,26 +324,49 @@ class ImageFolder:
         pixels = np.zeros((len(indices), 3, self.size, self.size), np.uint8)
         labels, faults = np.full(len(indices), UNREADABLE), []
         for row, index in enumerate(indices):
-            path, label = self.files[index]
             try:
-                pixels[row], labels[row] = read_image(path, self.size), label
+                pixels[row] = read_image(self.paths[index], self.size)
+                labels[row] = self.labels[index]
             except ValueError as error:
                 faults.append(str(error))
         return pixels, labels, faults
 
 
-@torch.no_grad()
-def posterior(vae, pixels, dtype):
-    """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
-    pixels = torch.from_numpy(pixels.copy()).to(vae.quant_conv.weight.device)
-    mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
-    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy()
-    if not np.isfinite(rows).all():
-        fail("--vae gives latents that are no numbers: are its weights damaged?")
-    rows = rows.astype(dtype)
-    if not np.isfinite(rows).all():
-        fail(f"--vae gives latents that {dtype} cannot hold; pass --dtype float32")
-    return rows
+# ---------------------------------------------------------------------------- CIFAR-10
+
+
+class Cifar:
+    """CIFAR-10's training pictures in the order of their files. cifar[indices]: see ImageFolder.
+
+    source: cifar-10-binary.tar.gz, or its folder, with data_batch_1.bin to data_batch_5.bin. A
+    record is a byte for the label and 3,072 for the picture.
+    """
+
+    def __init__(self, source, unconditional=False):
+        source, records = Path(source), []
+        try:
+            if source.is_dir():
+                files = {path.name: path.read_bytes() for path in source.glob("*.bin")}
+            else:  # decompressed whole, which checks its checksum
+                data = io.BytesIO(gzip.decompress(source.read_bytes()))
+                with tarfile.open(fileobj=data) as tar:
+                    members = {Path(m.name).name: m for m in tar if m.isfile()}
+                    files = {name: tar.extractfile(m).read() for name, m in members.items()}
+        except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+            fail(f"{source} is no whole .tar.gz file ({error})")
+        for name in (f"data_batch_{number}.bin" for number in range(1, 6)):
+            if not files.get(name) or len(files[name]) % 3073:
+                fail(f"{source} holds no whole {name} of CIFAR-10's binary version")
+            records.append(np.frombuffer(files[name], np.uint8).reshape(-1, 3073))
+        records = np.concatenate(records)
+        self.labels, self.images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
+        self.classes = CIFAR_CLASSES
+        if unconditional:
+            self.classes, self.labels = [], 0 * self.labels
+        self.fingerprint = hashlib.sha256(self.images.tobytes()).hexdigest()[:16]
+
+    def __getitem__(self, indices):
+        return self.images[indices], self.labels[indices], []
 
 
 # ---------------------------------------------------------------------------- built-in pictures
@@ -393,58 +405,6 @@ def write_glyphs(out, count=20_000, size=16, seed=0):
     os.close(held)
 
 
-# ---------------------------------------------------------------------------- CIFAR-10
-
-
-def read_cifar(source):
-    """(images (N, 3, 32, 32) uint8, labels (N,)) of the training pictures of CIFAR-10.
-
-    source: cifar-10-binary.tar.gz, or its folder, with data_batch_1.bin to data_batch_5.bin. A
-    record is a byte for the label and 3,072 for the picture.
-    """
-    source, files = Path(source), {}
-    try:
-        if source.is_dir():
-            files = {path.name: path.read_bytes() for path in source.glob("*.bin")}
-        else:  # decompressed whole, which checks its checksum
-            data = io.BytesIO(gzip.decompress(source.read_bytes()))
-            with tarfile.open(fileobj=data) as tar:
-                members = [member for member in tar if member.isfile()]
-                files = {Path(m.name).name: tar.extractfile(m).read() for m in members}
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        fail(f"{source} is no whole .tar.gz file ({error})")
-    names = [f"data_batch_{number}.bin" for number in range(1, 6)]
-    for name in names:
-        if not files.get(name) or len(files[name]) % 3073:
-            fail(f"{source} holds no whole {name} of CIFAR-10's binary version")
-    records = [np.frombuffer(files[name], np.uint8).reshape(-1, 3073) for name in names]
-    records = np.concatenate(records)
-    if records[:, 0].max() > 9:
-        fail(f"{source} has labels above 9, unlike CIFAR-10")
-    return records[:, 1:].reshape(-1, 3, 32, 32), records[:, 0]
-
-
-def write_cifar(args):
-    """CIFAR-10's training pictures, in the order of the files; with --flip, mirrored ones after."""
-    if args.vae or args.size != 32:
-        fail("--vae and --size are for a folder of images, not for CIFAR-10")
-    images, labels = read_cifar(args.source)
-    classes = CIFAR_CLASSES
-    if args.unconditional:
-        classes, labels = [], 0 * labels
-    if args.flip:
-        images, labels = np.concatenate([images, images[..., ::-1]]), np.tile(labels, 2)
-    meta = pixel_meta(
-        count=len(images), shape=[3, 32, 32], classes=classes, mirrored=args.flip,
-        source=str(args.source), files=hashlib.sha256(images.tobytes()).hexdigest()[:16],
-    )  # fmt: skip
-    lock(args.out)
-    writer = DatasetWriter(args.out, meta)
-    if not writer.complete:
-        writer.write(0, images, labels)
-    writer.finish()
-
-
 # ---------------------------------------------------------------------------- the VAE
 
 
@@ -460,12 +420,11 @@ class ResnetBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = norm(inputs), conv(inputs, outputs)
         self.norm2, self.conv2 = norm(outputs), conv(outputs, outputs)
-        if inputs != outputs:
-            self.conv_shortcut = conv(inputs, outputs, 1)
+        self.conv_shortcut = conv(inputs, outputs, 1) if inputs != outputs else nn.Identity()
 
     def forward(self, x):
         h = self.conv2(F.silu(self.norm2(self.conv1(F.silu(self.norm1(x))))))
-        return h + (self.conv_shortcut(x) if hasattr(self, "conv_shortcut") else x)
+        return h + self.conv_shortcut(x)
 
 
 class PixelAttention(nn.Module):
@@ -578,6 +537,17 @@ def load_vae(path):
     return vae.eval().requires_grad_(False).to(memory_format=torch.channels_last)  # faster
 
 
+@torch.no_grad()
+def posterior(vae, pixels, dtype):
+    """Rows of images.npy from pictures (B, 3, H, W) uint8: mean and deviation (B, 2C, H/8, W/8)."""
+    pixels = torch.from_numpy(pixels.copy()).to(vae.quant_conv.weight.device)
+    mean, logvar = vae.encode(pixels.float() / 127.5 - 1)
+    rows = torch.cat([mean, (logvar / 2).exp()], dim=1).cpu().numpy().astype(dtype)
+    if not np.isfinite(rows).all():
+        fail("--vae gave latents that are no numbers: are its weights damaged? Try --dtype float32")
+    return rows
+
+
 # ---------------------------------------------------------------------------- command line
 
 
@@ -591,9 +561,9 @@ def parse_args(argv=None):
     add("--vae", help="weights of the VAE that turns images into latents, in diffusers' format")
     add("--size", type=int, help="height and width in pixels; glyphs 16, pixels 32, latents 256")
     add("--unconditional", action="store_true", help="leave out the classes")
-    add("--flip", action="store_true", help="folder: store the mirror images too")
+    add("--flip", action="store_true", help="store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
-    add("--batch-size", type=int, default=32, help="folder: images at once on a rank")
+    add("--batch-size", type=int, default=32, help="images at once on a rank")
     add("--workers", type=int, default=default_workers(), help="folder: processes that read files")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
@@ -613,7 +583,7 @@ def parse_args(argv=None):
 
 
 def main(args):
-    """The digits, or a folder of images as pixels or latents; mirrored ones only by --flip.
+    """The digits; or CIFAR-10, or a folder of images as pixels or latents, mirrored ones by --flip.
 
     Work is split into batches of given pictures, so the arrays do not depend on the number of ranks
     or on interruptions. differs: latents are float16 by default; the authors' code has float32.
@@ -622,18 +592,18 @@ def main(args):
         write_glyphs(args.out, args.count, args.size, args.seed)
         return
     rank, world, device = join_ranks()
-    if Path(args.source).is_file() or [*Path(args.source).glob("data_batch_*.bin")]:
-        if rank == 0:
-            write_cifar(args)
-        leave_ranks()
-        return
-    folder = ImageFolder(args.source, args.size, args.unconditional)
-    count = len(folder.files)
+    if Path(args.source).is_file() or any(Path(args.source).glob("data_batch_*.bin")):
+        if args.vae or args.size != 32:
+            fail("--vae and --size are for a folder of images, not for CIFAR-10")
+        source = Cifar(args.source, args.unconditional)
+    else:
+        source = ImageFolder(args.source, args.size, args.unconditional)
+    count = len(source.labels)
     if rank == 0:
-        print(f"{args.source}: {count:,} pictures of {len(folder.classes):,} classes")
+        print(f"{args.source}: {count:,} pictures of {len(source.classes):,} classes")
     meta = pixel_meta(
-        count=count * (1 + args.flip), shape=[3, args.size, args.size], classes=folder.classes,
-        mirrored=args.flip, files=folder.fingerprint, source=str(args.source),
+        count=count * (1 + args.flip), shape=[3, args.size, args.size], classes=source.classes,
+        mirrored=args.flip, files=source.fingerprint, source=str(args.source),
     )  # fmt: skip
     vae, stored = None, np.asarray
     if args.vae:
@@ -657,7 +627,7 @@ def main(args):
     wait_for_all()  # no rank writes before all have listed the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
     progress, background = Progress(args.out, sum(map(len, todo))), Background()
-    with reading(folder, todo, args.workers) as results:
+    with reading(source, todo, args.workers) as results:
         for batch, (pixels, labels, faults) in zip(todo, results, strict=True):
             for fault in faults:
                 if not args.skip_unreadable:
@@ -703,7 +673,7 @@ def join_ranks(backend="gloo", timeout=timedelta(days=1)):  # ranks wait for the
         fail(f"torch {torch.__version__}: 2.11 is needed; bfloat16 trains wrongly on older ones")
     rank, world, local = (of_job(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     untold = {"RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()
-    if not 0 <= rank < world or (world > 1 and untold):
+    if rank >= world or (world > 1 and untold):
         fail(f"RANK {rank} of WORLD_SIZE {world}: no job that torchrun started; unset them")
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -746,7 +716,7 @@ def leave_ranks():
 
 
 def batches_of(count, size):
-    return [range(i, min(i + size, count)) for i in range(0, count, size)]
+    return [range(count)[first : first + size] for first in range(0, count, size)]
 
 
 def default_workers():
@@ -781,7 +751,7 @@ class Progress:
     def __call__(self, more):
         self.done, now = self.done + more, time.time()
         due = self.done == self.total or now - self.shown > 10
-        if due and os.environ.get("RANK", "0") == "0":
+        if due and not of_job("RANK"):
             left = timedelta(seconds=round((now - self.begin) * (self.total / self.done - 1)))
             print(f"{self.what}: {self.done / self.total:.1%}, {left} left", file=sys.stderr)
             self.shown = now
@@ -832,15 +802,13 @@ def lock(folder, wait=False):
 
 @torch.no_grad()
 def to_pixels(x, vae=None, scale=1.0, at_once=16):
-    """The network's x to uint8 pictures on the CPU; latents are decoded, a few at once."""
+    """The network's x (B, C, H, W) to pictures, a uint8 array; latents are decoded, a few at once.
+
+    [-1, 1] becomes 0 to 255, truncated as in the papers' evaluation.
+    """
     if vae:
         x = torch.cat([vae.decode(part / scale) for part in x.split(at_once)])
-    return to_uint8(x).cpu().numpy()
-
-
-def to_uint8(x):
-    """[-1, 1] to 0 .. 255, truncated as in the papers' evaluation: (B, C, H, W) -> (B, C, H, W)."""
-    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8)
+    return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 
 def to_image(pixels):

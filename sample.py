@@ -26,7 +26,7 @@ import meanflow
 from model import exported, fail, fingerprint, load
 from prepare_latents import (
     IMAGE_SUFFIXES, Background, Progress, batches_of, join_ranks, leave_ranks, load_vae, lock,
-    made_here, replace_file, run_script, save_grid, to_image, to_pixels, wait_for_all,
+    made_here, replace_file, run_script, save_grid, save_png, to_image, to_pixels, wait_for_all,
 )  # fmt: skip
 
 
@@ -63,7 +63,7 @@ def save_batch(paths, pixels):
         replace_file(paths[0], lambda file: np.save(file, pixels))
     else:
         for path, picture in zip(paths, pixels, strict=True):
-            replace_file(path, partial(to_image(picture).save, format="PNG"))
+            save_png(to_image(picture), path)
 
 
 def save_npz(num, parts, settings, file):
@@ -88,8 +88,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=about, allow_abbrev=False, formatter_class=style)
     add = parser.add_argument
     add("checkpoint", help="last.pt of a run, an exported file, or public weights")
-    add("--out", type=Path, help="grid.png, samples.npz, or a directory for PNGs")
-    add("--export", type=Path, help="write the EMA network alone to this file, and draw nothing")
+    either = parser.add_mutually_exclusive_group(required=True).add_argument
+    either("--out", type=Path, help="grid.png, samples.npz, or a directory for PNGs")
+    either("--export", type=Path, help="write the EMA network alone to this file, draw nothing")
     add("--vae", help="weights of the VAE that decodes latents, in diffusers' format")
     # The long name is for torchrun, which takes --num for an abbreviation of its --numa-binding.
     add("--num", "--num-samples", type=int, default=100, help="number of pictures")
@@ -105,20 +106,16 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
-    if bool(args.out) == bool(args.export):
-        parser.error("name either an --out for pictures or an --export for the network")
     if args.export:
-        if not args.export.parent.is_dir():
-            parser.error(f"--export {args.export}: {args.export.parent} is no directory")
         if args.export.exists():
             parser.error(f"--export {args.export} exists; name another")
         return args
-    args.kind = suffix if (suffix := args.out.suffix.lower()) in (".png", ".npz") else None
-    if not args.kind and suffix in IMAGE_SUFFIXES:
+    suffix = args.out.suffix.lower()
+    args.kind = suffix if suffix in (".png", ".npz") else None
+    if suffix in IMAGE_SUFFIXES - {".png"}:
         parser.error(f"--out {args.out}: name a .png, an .npz or a directory")
-    fits = {".png": made_here, ".npz": zipfile.is_zipfile}.get(args.kind, Path.is_dir)
-    if args.out.exists() and not fits(args.out):
-        parser.error(f"--out {args.out} exists and is no {args.kind or 'directory'} of this script")
+    if suffix == ".png" and args.out.exists() and not made_here(args.out):
+        parser.error(f"--out {args.out} exists and is no .png of this script; name another")
     return args
 
 
@@ -160,53 +157,49 @@ def main(args):
     settings = json.dumps({name: vars(args)[name] for name in names} | {"weights": weights})
     folder = out.with_name(out.name + ".parts") if kind else out
     record = folder / "settings.json"
-    complete, ours = kind == ".npz" and out.exists(), True
-    if complete:
-        ours = False
-        with suppress(Exception), np.load(out) as file:
-            ours = str(file["settings"]) == settings
-    elif rank == 0:
+    complete = kind == ".npz" and out.exists()
+    if rank == 0 and not complete:
         held = lock(folder)
-        if record.exists() or any(path.suffix in (".png", ".npy") for path in folder.iterdir()):
-            ours = record.exists() and record.read_bytes() == settings.encode()
-    if not ours:
+        if not any(path == record or path.suffix in (".png", ".npy") for path in folder.iterdir()):
+            replace_file(record, lambda file: file.write(settings.encode()))
+    wait_for_all()
+    found = None
+    with suppress(Exception):  # without settings, or damaged
+        found = str(np.load(out)["settings"]) if complete else record.read_text()
+    if found != settings:
         where = out if complete else folder
         fail(f"--out {where} holds other pictures; remove it or name another")
-    if rank == 0 and not complete:
-        replace_file(record, lambda file: file.write(settings.encode()))
-    wait_for_all()
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.
     batches = [] if complete else batches_of(num, args.batch_size)
-    mine = [(batch, files_of(batch, folder, kind)) for batch in batches[rank::world]]
-    todo = [(batch, files) for batch, files in mine if not all(map(Path.exists, files))]
+    files = {batch: files_of(batch, folder, kind) for batch in batches}
+    todo = [batch for batch in batches[rank::world] if not all(map(Path.exists, files[batch]))]
     if args.compile:
         torch._dynamo.config.recompile_limit = 64  # the decoder's blocks have many shapes
         for part in [net, vae.decoder] if vae else [net]:
             part.compile(dynamic=False)
     progress, background = Progress(out, len(todo)), Background()
-    for batch, files in todo:
+    for batch in todo:
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             x = draw(net, labels[batch], batch, args.seed, args.nfe, args.velocity)
             pixels = to_pixels(x, vae, meta["scale"])
-        background(save_batch, files, pixels)
+        background(save_batch, files[batch], pixels)
         progress(1)
     background.wait()
     wait_for_all()
 
     if kind and rank == 0 and not complete:
-        parts = (np.load(*files_of(batch, folder, kind)) for batch in batches)
+        parts = [path for (path,) in files.values()]
+        arrays = map(np.load, parts)
         if kind == ".npz":
-            replace_file(out, partial(save_npz, num, parts, settings))
+            replace_file(out, partial(save_npz, num, arrays, settings))
         else:
             columns = count if 1 < (count := len(set(labels))) <= 16 else math.isqrt(num)
-            save_grid(np.concatenate([*parts]), out, columns)
+            save_grid(np.concatenate([*arrays]), out, columns)
         os.close(held)  # NFS keeps an open file in its folder
-        for batch in batches:
-            files_of(batch, folder, kind)[0].unlink()
-        record.unlink()
-        (folder / ".lock").unlink()
+        for path in [*parts, record, folder / ".lock"]:
+            path.unlink()
         with suppress(OSError):  # somebody's files are in it
             folder.rmdir()
     say(f"{out}: {num:,} pictures, {args.nfe} evaluation{'s' * (args.nfe > 1)} each")

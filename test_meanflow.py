@@ -1144,7 +1144,7 @@ def test_a_picture_depends_on_its_seed_and_index_alone(checkpoint, tmp_path):
     assert_close(net.state_dict(), state["ema"], rtol=0, atol=0)
     x = (e - net(e, torch.zeros(12), torch.ones(12), y)).permute(0, 2, 3, 1).detach().numpy()
     assert np.abs(whole - np.floor(127.5 * x + 128).clip(0, 255)).max() <= 1
-    assert prepare_latents.to_uint8(torch.tensor([-2, 0, 0.999, 2])).tolist() == [0, 128, 255, 255]
+    assert prepare_latents.to_pixels(torch.tensor([-2, 0, 0.999, 2])).tolist() == [0, 128, 255, 255]
     assert np.abs(whole - draw("b.npz", "--batch-size", 5)).max() <= 1  # other rounding
     assert 0 < np.abs(whole - draw("c.npz", "--dtype", "bfloat16")).max() <= 8
     assert (draw("d.npz", "--seed", 1) != whole).mean() > 0.5
@@ -1628,13 +1628,13 @@ DONE = "train --out done --warmup 0 --ema-decay 0.5"  # the flags of the checkpo
     (2, "prepare_latents nowhere --out x", "nowhere is no folder"),
     (2, "prepare_latents good --out x", "good is a dataset already"),
     (2, "prepare_latents glyphs --flip --out x", "are not for glyphs"),
-    (2, "sample last.pt --export nowhere/x.pt", "nowhere is no directory"),
+    (1, "sample last.pt --export nowhere/x.pt", "nowhere/x.pt.tmp: No such file"),
     (1, "prepare_latents mixed --out x", "2.png among them, beside folders"),
     (1, "prepare_latents images --vae vae.pt --size 20 --out x", "--size 20 is no multiple of 8"),
     (1, "train --data images", "images holds no whole dataset"),
     (1, "train --data large", "large holds no whole dataset (meta.json does not"),
     (2, "sample last.pt --out x.jpg", "--out x.jpg"),
-    (2, "sample last.pt --out text.npz", "--out text.npz exists and is no .npz"),
+    (1, "sample last.pt --out text.npz", "--out text.npz holds other pictures; remove it"),
     (2, "sample last.pt", "--out"),
     (1, "sample last.pt --classes 10 --out x", "--classes"),
     (1, "sample older.pt --out x.png", "saved by another version"),
@@ -1847,7 +1847,7 @@ def test_a_trained_run_draws_the_digits_it_is_asked_for(tmp_path):
     ]:
         labels, parts = torch.arange(num) % 10, torch.arange(num).split(500)
         x = torch.cat([sample.draw(net, labels[i], i.tolist(), 1, **way) for i in parts])
-        right, variety, distance = judge(prepare_latents.to_uint8(x), labels)
+        right, variety, distance = judge(torch.from_numpy(prepare_latents.to_pixels(x)), labels)
         print(f"{run}, {name}: right {right:.1%}, variety {variety:.2f}, distance {distance:.1f}")
         assert variety > 0.5
         assert right >= 0.95 or not state["args"]["kappa"]  # fewer are right without guidance
