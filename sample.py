@@ -158,17 +158,18 @@ def main(args):
     folder = out.with_name(out.name + ".parts") if kind else out
     record = folder / "settings.json"
     complete = kind == ".npz" and out.exists()
-    if rank == 0 and not complete:
-        held = lock(folder)
-        if not any(path == record or path.suffix in (".png", ".npy") for path in folder.iterdir()):
-            replace_file(record, lambda file: file.write(settings.encode()))
+    if rank == 0:
+        found = None
+        if not complete:
+            held = lock(folder)
+            if not any(p == record or p.suffix in (".png", ".npy") for p in folder.iterdir()):
+                replace_file(record, lambda file: file.write(settings.encode()))
+        with suppress(Exception):  # without settings, or damaged
+            found = str(np.load(out)["settings"]) if complete else record.read_text()
+        if found != settings:
+            where = out if complete else folder
+            fail(f"--out {where} holds other pictures; remove it or name another")
     wait_for_all()
-    found = None
-    with suppress(Exception):  # without settings, or damaged
-        found = str(np.load(out)["settings"]) if complete else record.read_text()
-    if found != settings:
-        where = out if complete else folder
-        fail(f"--out {where} holds other pictures; remove it or name another")
 
     # The unit of work is a batch of given indices, whichever rank it falls to: so every picture
     # comes out the same on any number of ranks.

@@ -1405,7 +1405,7 @@ def test_guidance_can_be_changed_in_sampling_after_training_on_a_range(glyphs, t
     net, _ = load(net)
     y = torch.stack([torch.arange(8.0), torch.full((8,), 2.0)], 1)
     x = meanflow.sample(net, sample.noise(range(8), (1, 16, 16)), y)
-    assert (drawn[..., 0] == prepare_latents.to_uint8(x)[:, 0].numpy()).all()
+    assert (drawn[..., 0] == prepare_latents.to_pixels(x)[:, 0]).all()
     net.omega = 1.0
     assert (x != sample.draw(net, torch.arange(8))).any()
     refusal(capsys, 1, "last.pt needs --omega", sample, checkpoint, "--out", tmp_path / "x.png")
