@@ -7,7 +7,7 @@
 FILE holds the weights of the network that defines the FID, pt_inception-2015-12-05. Each input is
 an .npz of images (arr_0, uint8, NHWC), a folder of images, a pixel dataset of prepare_latents.py,
 or an .npz of statistics (mu and sigma). If it holds images too, as ADM's do, they are not used. Few
-images make a FID too large, a KID not; it needs features, which --save stores and ADM's files lack.
+images make a FID too large. The KID has no such bias; it needs features, which --save stores.
 """
 
 import argparse
@@ -155,9 +155,7 @@ class Statistics:
         self.net, self.x, self.xx = net, zeros(FEATURES), zeros(FEATURES, FEATURES)
         self.n, self.p, self.p_log_p = zeros(splits), zeros(splits, CLASSES), zeros(splits)
         self.kept = zeros(min(count, KEPT), FEATURES)
-        self.places = torch.from_numpy(np.random.default_rng(0).permutation(count)).to(
-            self.x.device
-        )
+        self.places = np.random.default_rng(0).permutation(count)
 
     @torch.no_grad()
     def add(self, images, indices):
@@ -167,8 +165,8 @@ class Statistics:
             images = images.to(weight.device, non_blocking=True).expand(-1, 3, -1, -1)
             features = self.net(images).double()
         p = (features @ weight.double().T).softmax(1)  # no bias, as in the score's original code
-        indices = torch.as_tensor(indices).to(weight.device)
-        split, places = indices // SPLIT, self.places[indices]
+        split = torch.as_tensor(indices).to(weight.device) // SPLIT
+        places = torch.from_numpy(self.places[indices])
         self.kept[places[places < KEPT]] = features[places < KEPT]
         self.x += features.sum(0)
         self.xx += features.T @ features
@@ -248,9 +246,11 @@ def load_statistics(path):
             return None
         found = {name: file[prefix + name].astype(np.float64) for name in ("mu", "sigma")}
         found |= {k: file[k][()] for k in ("count", "score", "features") if k in file}
-    for name, shape in [("mu", (FEATURES,)), ("sigma", (FEATURES, FEATURES))]:
-        if found[name].shape != shape or not np.isfinite(found[name]).all():
-            fail(f"{path}: {name} must be finite numbers of shape {shape}; make it again")
+    shapes = {"mu": (FEATURES,), "sigma": (FEATURES, FEATURES)}
+    shapes["features"] = (min(found.get("count", 0), KEPT), FEATURES)
+    for name in shapes.keys() & found.keys():
+        if found[name].shape != shapes[name] or not np.isfinite(found[name]).all():
+            fail(f"{path}: {name} must be finite numbers of shape {shapes[name]}; make it again")
     return found
 
 

@@ -124,7 +124,7 @@ class DiT(nn.Module):
     classes the null label is the only one. conditioning: a key of CONDITIONINGS.
     """
 
-    omega = 1.0  # of labels that come without
+    omega = 1.0  # where y holds labels only
 
     def __init__(
         self, channels, size, num_classes, depth, width, heads, patch, conditioning="t,t-r"
@@ -167,9 +167,9 @@ class DiT(nn.Module):
 
         y: (B,) int64, or (B, 2) float32, a label and omega.
         """
-        y, omega = (
-            (y[:, 0].long(), y[:, 1]) if y.dim() == 2 else (y, torch.full_like(t, self.omega))
-        )
+        omega = torch.full_like(t, self.omega)
+        if y.dim() == 2:
+            y, omega = y[:, 0].long(), y[:, 1]
         x = F.pixel_unshuffle(z, self.patch).flatten(2).transpose(1, 2)  # (B, N, C p p)
         x = self.patch_embed(x) + self.pos_embed  # (B, N, D)
         c = self.label_embed(y)  # (B, D)
@@ -434,7 +434,8 @@ def read_checkpoint(path):
 
 def exported(checkpoint):
     """What --export keeps of a checkpoint: the EMA network, without the paths of its run."""
-    args = {name: checkpoint["args"][name] for name in ("model", "conditioning")}
+    names = "model", "conditioning", "omega_range"
+    args = {name: value for name, value in checkpoint["args"].items() if name in names and value}
     kept = {name: checkpoint[name] for name in ("ema", "meta", "step")}
     return kept | dict(args=args, format=CHECKPOINT_FORMAT)
 

@@ -98,7 +98,7 @@ def parse_args(argv=None):
     add("--random-classes", action="store_true", help="draw the labels at random, not in turn")
     add("--nfe", type=int, default=1, help="evaluations of the network for a picture")
     add("--velocity", action="store_true", help="Euler on u(z, t, t), the instantaneous velocity")
-    add("--omega", type=float, help="guidance, of a network trained with --omega-range")
+    add("--omega", type=float, help="guidance, Eq. 21, within train.py's --omega-range")
     add("--seed", type=int, default=0, help="another seed draws other noise")
     add("--batch-size", type=int, default=250, help="pictures at once on a rank")
     add("--dtype", choices=("float32", "bfloat16"), default="float32", help="of matrix products")
@@ -131,9 +131,12 @@ def main(args):
             replace_file(args.export, partial(torch.save, exported(checkpoint)))
         leave_ranks()
         return
-    if (needs := "omega" in checkpoint["args"]["conditioning"]) != (args.omega is not None):
-        fail(f"{args.checkpoint} {'needs' if needs else 'takes no'} --omega")
-    net.omega = args.omega or 0.0
+    if span := checkpoint["args"].get("omega_range"):
+        if args.omega is None or not span[0] <= args.omega <= span[1]:
+            fail(f"{args.checkpoint} was trained for --omega {span[0]:g} to {span[1]:g}: name one")
+        net.omega = args.omega
+    elif args.omega is not None:
+        fail(f"--omega: {args.checkpoint} was trained without --omega-range")
     out, kind, num = args.out, args.kind, args.num
     net, meta = net.to(device), checkpoint["meta"]
     vae = load_vae(args.vae).to(device) if args.vae else None

@@ -89,7 +89,9 @@ def textbook_loss(net, x, e, r, t, y, weight, goal, noise=0, num_neq=None):
     these run first, by themselves, and the others are guided by what training draws."""
     t4, r4 = t[:, None, None, None], r[:, None, None, None]
     z, v, n = (1 - t4) * x + t4 * e, e - x, len(x) - num_neq if num_neq else 0
-    null, found = torch.full_like(y, net.num_classes), []
+    omega = y[:, 1][:, None, None, None] if y.dim() == 2 else torch.full_like(t4, goal.omega)
+    null, found = y.clone(), []
+    (null if y.dim() == 1 else null[:, 0]).fill_(net.num_classes)
     guides, (lo, hi) = (goal.omega, goal.kappa) != (1, 0), goal.cfg_interval
     network = goal.jvp_velocity == "network"
     u_null = net(z, t, t, null).detach() if guides else 0
@@ -98,8 +100,11 @@ def textbook_loss(net, x, e, r, t, y, weight, goal, noise=0, num_neq=None):
         with torch.random.fork_rng(enabled=part.start is None):
             u = net(at[0], at[2], at[2], label).detach() if goal.kappa or network else 0
         if guides:
-            mix = goal.omega * along + goal.kappa * u + (1 - goal.omega - goal.kappa) * u_null[part]
-            inside = (at[2] >= lo) & (at[2] <= hi) & (label != net.num_classes)
+            w = omega[part]
+            mix = w * along + goal.kappa * u + (1 - w - goal.kappa) * u_null[part]
+            inside = (
+                (at[2] >= lo) & (at[2] <= hi) & (label.view(len(w), -1)[:, 0] != net.num_classes)
+            )
             along = torch.where(inside[:, None, None, None], mix, along).detach()
         tangents = u if network else along, *(torch.full_like(at[2], d) for d in goal.tangent)
         with sdpa_kernel(SDPBackend.MATH):
@@ -339,7 +344,9 @@ def test_a_step_costs_no_more_than_its_parts_need(name, most, monkeypatch):
             net(x, torch.rand(16), torch.rand(16), y)
         (flow_matching, base), forward = cost(0), forward.get_total_flops()
         assert flow_matching / forward == pytest.approx(3, abs=0.01)
-        for guidance, more in [({}, 0), ({"omega": 2}, 1), ({"kappa": 0.92}, 1.25)]:
+        for guidance, more in [({}, 0), ({"omega": 2}, 1), ({"kappa": 0.92}, 1.25),
+                               ({"jvp_velocity": "network"}, 0.25),
+                               ({"kappa": 0.92, "jvp_velocity": "network"}, 1.25)]:  # fmt: skip
             flops, peak = cost(4, **guidance)
             print(name, guidance, flops / forward, peak / base)
             assert most - 0.1 < flops / forward - more <= most
@@ -1396,7 +1403,8 @@ def test_a_run_starts_from_weights_of_any_kind_and_exported_ones_draw(checkpoint
 
 
 def test_guidance_can_be_changed_in_sampling_after_training_on_a_range(glyphs, tmp_path, capsys):
-    flags = ["--conditioning", "t,t-r,omega", "--omega-range", 0.5, 2, "--ema-decay", 0.1]
+    flags = ["--conditioning", "t,t-r,omega", "--omega-range", 0.5, 2, "--omega", 1.5]
+    flags += ["--ema-decay", 0.1, "--sample-every", 3]
     for steps in (2, 3):  # the second resumes
         run(glyphs, tmp_path, *flags, "--steps", steps)
     checkpoint, net = tmp_path / "last.pt", tmp_path / "net.pt"
@@ -1406,9 +1414,13 @@ def test_guidance_can_be_changed_in_sampling_after_training_on_a_range(glyphs, t
     y = torch.stack([torch.arange(8.0), torch.full((8,), 2.0)], 1)
     x = meanflow.sample(net, sample.noise(range(8), (1, 16, 16)), y)
     assert (drawn[..., 0] == prepare_latents.to_pixels(x)[:, 0]).all()
-    net.omega = 1.0
-    assert (x != sample.draw(net, torch.arange(8))).any()
-    refusal(capsys, 1, "last.pt needs --omega", sample, checkpoint, "--out", tmp_path / "x.png")
+    net.omega = 1.5
+    grid = prepare_latents.to_pixels(sample.draw(net, [*range(10)] * 10))
+    prepare_latents.save_grid(grid, tmp_path / "grid.png", 10)
+    assert (tmp_path / "samples/00000003.png").read_bytes() == (tmp_path / "grid.png").read_bytes()
+    assert (x[:8] != sample.draw(net, torch.arange(8))).any()
+    for flags, words in [((), "for --omega 0.5 to 2: name one"), (("--omega", 1), "holds other")]:
+        refusal(capsys, 1, words, sample, checkpoint, "--out", tmp_path / "2.npz", *flags)
 
 
 class OwnNetwork(nn.Module):
@@ -1539,6 +1551,11 @@ def test_the_kernel_distance_equals_torch_fidelitys():
         theirs = kid(x[-n:], 1.1 * other, kid_subsets=1, kid_subset_size=n, verbose=False)
         ours = fid.kernel_distance(x[-n:], 1.1 * other)
         assert ours == pytest.approx(theirs["kernel_inception_distance_mean"], rel=1e-9)
+    x, y = x[:4], y[:3]  # and of different numbers
+    kernel = [[(float(a @ b) / 2048 + 1) ** 3 for b in (*x, *y)] for a in (*x, *y)]
+    kernel = np.array(kernel) * (1 - np.eye(7))
+    expected = kernel[:4, :4].sum() / 12 + kernel[4:, 4:].sum() / 6 - 2 * kernel[:4, 4:].mean()
+    assert fid.kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
 
 
 def test_fid_takes_every_kind_of_input(glyphs, inception, tmp_path, monkeypatch, capsys):
@@ -1654,7 +1671,7 @@ DONE = "train --out done --warmup 0 --ema-decay 0.5"  # the flags of the checkpo
     (2, "train --omega-range 1 3", "--omega-range LO HI and --conditioning t,t-r,omega need each"),
     (2, "train --omega-range 1 3 --conditioning t,t-r,omega --kappa 0", "each other, guidance and"),
     (2, "train --conditioning t,t-r,omega", "--omega-range LO HI and --conditioning t,t-r,omega"),
-    (1, "sample last.pt --out x --omega 2", "last.pt takes no --omega"),
+    (1, "sample last.pt --out x --omega 2", "last.pt was trained without --omega-range"),
     (2, "train --snr-gamma 4", "--snr-gamma has no effect without --accel minsnr"),
     (2, "train --dtd-cap 0.1 --accel none", "--dtd-cap has no effect without --accel dtd"),
     (2, "train --tangent 1 1 --r-neq-t 0", "--tangent has no effect"),
@@ -1785,8 +1802,9 @@ def test_images_become_a_fid_on_one_rank_or_two_after_a_kill(photographs, incept
     assert np.abs(samples - compiled).max() <= 1
     for ranks in (1, 2):
         done = torchrun(ranks, *measure, tmp_path / "1.npz", reference, stdout=subprocess.PIPE)
-        distance = float(done.stdout.split()[-1])  # train.py drew the same:
-        assert metrics(tmp_path / "run")[-1]["fid"] == pytest.approx(distance, rel=5e-5)
+        found = re.findall(r"[FK]ID (\S+\d)", done.stdout)  # train.py drew the same:
+        row = metrics(tmp_path / "run")[-1]
+        assert [row["fid"], row["kid"]] == pytest.approx([*map(float, found)], rel=5e-5)
 
 
 # ---------------------------------------------------------------------------- a finished run
@@ -1909,6 +1927,8 @@ def test_tensorboard_is_needed_for_its_flag_alone(monkeypatch, capsys):
      "--jvp-velocity", "network"],
     ["--accel", "dtd", "--dtd-clusters", 3, "--dtd-cap", 0.6, "--label-drop", 0.5,
      "--omega", 0.2, "--kappa", 0.9, "--cfg-interval", 0.5, 0.7, "--micro-batch-size", 4],
+    ["--accel", "dtd", "--dtd-clusters", 3, "--dtd-cap", 0.6, "--conditioning", "t,t-r,omega",
+     "--omega-range", 0.5, 2, "--micro-batch-size", 4],
     ["--accel", "none", "--progressive", "--beta-k", 2, "--gap", 0.2, 0.4, "--adaptive-c", 0.1,
      "--time-mu", 0.3, "--time-sigma", 2, "--adam-beta2", 0.5, "--warmup", 4,
      "--grad-clip", 0.9],
@@ -1943,6 +1963,9 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
             e = torch.randn(x.shape, generator=g)
             y = torch.from_numpy(data.labels[picks]).long()
             y = meanflow.drop_labels(y, 10, a.label_drop, g)
+            if a.omega_range:
+                omega = 0.5 + 1.5 * torch.rand(len(y), generator=g)
+                y = torch.stack([y.float(), omega], 1)
             mass = dtd.mass if a.accel == "dtd" else 1.0
             t, r = schedules.sample_t_r(micro - num_neq, num_neq, quantile, mass, pairs, g)
             alpha = minsnr(t) / minsnr(larger).mean() if a.accel == "minsnr" else 1.0

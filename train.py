@@ -149,7 +149,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("FID of one-step samples during training").add_argument
     add("--fid-every", type=count, help="steps between two measurements")
     add("--fid-num", type=number(int, lambda n: n >= 2, "at least 2"), default=5000, help="samples")
-    add("--fid-ref", help="statistics to compare with: .npz of fid.py --save or of ADM")
+    add("--fid-ref", help="statistics: .npz of fid.py --save, which gives a KID, too, or of ADM")
     add("--inception", help="weights pt_inception-2015-12-05")
 
     add = parser.add_argument_group("MeanFlow, arXiv 2505.13447").add_argument
@@ -160,7 +160,7 @@ def parse_args(argv=None):
     add("--time-sigma", type=positive, help="lognorm: its standard deviation")
     add("--omega", type=finite, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
     add("--kappa", type=finite, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
-    add("--omega-range", type=finite, nargs=2, metavar=("LO", "HI"), help="an omega by sample")
+    add("--omega-range", type=finite, nargs=2, metavar=("LO", "HI"), help="draw omega by sample")
     add("--cfg-interval", type=share, nargs=2, metavar=("LO", "HI"), help="guided where t is in it")
     add("--augment", action=switch, help="random mirroring, scale, stretch, shift; unet only")
     add("--label-drop", type=share, help="probability of the null label")
@@ -189,7 +189,7 @@ def parse_args(argv=None):
     add("--micro-batch-size", type=count, help="samples at once on a rank, else its whole share")
     add("--lr", type=positive, help="learning rate of Adam, constant")
     add("--warmup", type=natural, help="steps of linear warm-up before")
-    add("--grad-clip", type=positive, help="largest norm of the gradient, else any")
+    add("--grad-clip", type=positive, help="scale the gradient down to this norm, else never")
     add("--adam-beta2", type=decay, help="of Adam; beta1 is 0.9")
     add("--ema-decay", type=decay, help="of the averaged weights, which are the ones sampled")
     add("--dtype", choices=("float32", "bfloat16"), help="of matrix products; TF32 on GPUs")
@@ -208,19 +208,17 @@ def parse_args(argv=None):
         args.progressive = args.accel != "none" and args.r_neq_t > 0
     args.cfg_interval, args.tangent = tuple(args.cfg_interval), tuple(args.tangent)
     args.gap, args.omega_range = (pair and tuple(pair) for pair in (args.gap, args.omega_range))
-    guided = (args.omega, args.kappa) != (1, 0)
-    # The null label's weight in the target, Eq. 21, is 1 - omega - kappa.
-    untrained = args.label_drop == 0 and guided and abs(1 - args.omega - args.kappa) > 1e-9
-    unet, sees_omega, (lo, hi) = (
-        args.model in UNETS,
-        "omega" in args.conditioning,
-        args.cfg_interval,
-    )
+    guided, unet = (args.omega, args.kappa) != (1, 0), args.model in UNETS
+    omegas, (lo, hi) = args.omega_range or (args.omega,), args.cfg_interval
+    null_weight = max(abs(1 - omega - args.kappa) for omega in omegas)  # in the target, Eq. 21
+    by_sample = len(omegas) == 2, "omega" in args.conditioning
     for wrong, message in [
-        (untrained, "--label-drop 0 never trains the null label, which this guidance needs"),
+        (guided and args.label_drop == 0 and null_weight > 1e-9,
+         "--label-drop 0 never trains the null label, which this guidance needs"),
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
-        (sees_omega != bool(args.omega_range) or (sees_omega and (unet or not guided)),
+        (any(by_sample) and not (all(by_sample) and guided and not unet),
          "--omega-range LO HI and --conditioning t,t-r,omega need each other, guidance and a DiT"),
+        (not omegas[0] <= args.omega <= omegas[-1], "--omega-range must hold --omega"),
         (lo >= hi, "--cfg-interval LO HI needs LO < HI; --omega 1 --kappa 0 is no guidance"),
         (args.augment and not unet, "--augment is for --model unet alone"),
         (args.augment and guided, "guidance excludes --augment: pass --no-augment"),
@@ -361,7 +359,7 @@ def main(args):
         if saves:
             state = {name: part.state_dict() for name, part in stateful.items()}
             state |= dict(step=step, args=vars(args), meta=meta, micro=split.micro)
-            state["format"] = CHECKPOINT_FORMAT
+            state |= dict(format=CHECKPOINT_FORMAT, torch=str(torch.__version__))
             if rank == 0:
                 replace_file(last, partial(torch.save, state))
             say(f"step {step:,}/{steps:,}  saved {last}")
@@ -446,8 +444,9 @@ def read_last(path, args, meta, steps):
     saved = read_checkpoint(path)
     if "optimizer" not in saved:
         fail(f"{path} holds only the network: name it as --init-from, and another --out")
-    for name, was in saved["args"].items():
-        if name not in MAY_CHANGE and (now := getattr(args, name, was)) != was:
+    for name, now in vars(args).items():
+        was = saved["args"].get(name, PAPER.get(name))  # of before there was the flag
+        if name not in MAY_CHANGE and now != was:
             flag = f"--{name.replace('_', '-')} {now}"
             fail(f"{flag}: {args.out} was trained with {was}; name another --out")
     if meta and saved["meta"] | {"source": meta["source"]} != meta:
@@ -459,6 +458,8 @@ def read_last(path, args, meta, steps):
 
 def build_objective(args, net):
     """The constants of the loss; guidance needs classes."""
+    if args.omega_range and not net.num_classes:
+        fail(f"--omega-range: guidance needs classes, and {args.data} has none")
     names = ["cfg_interval", "tangent", "jvp_velocity"] + ["omega", "kappa"] * (net.num_classes > 0)
     flags = {name: getattr(args, name) for name in names}
     return meanflow.Objective(net.null_label, p=args.adaptive_p, c=args.adaptive_c, **flags)
@@ -587,7 +588,8 @@ class Report:
 
     def __init__(self, args, meta, ema, split, start, steps, say):
         self.args, self.ema, self.split, self.steps, self.say = args, ema, split, steps, say
-        self.out, self.scale, ema.omega = Path(args.out), meta["scale"], args.omega
+        self.out, self.scale = Path(args.out), meta["scale"]
+        ema.omega = args.omega  # of the pictures and the FID
         self.start = self.saved_at = start
         device = next(ema.parameters()).device
         self.vae = load_vae(args.vae).to(device) if args.vae else None

@@ -135,7 +135,7 @@ def train(data, seed, steps, row="MeanFlow", rate="constant", p=1.0, change=""):
     schedule = schedules.Schedule(steps, quantile, accel, progressive, dtd_cap=cap)
     without = schedules.Schedule(steps, quantile, "none", progressive)
     optimizer = torch.optim.Adam(net.parameters(), 2e-3)
-    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(1 - 10 / steps))
+    ema = AveragedModel(net, multi_avg_fn=get_ema_multi_avg_fn(max(0, 1 - 10 / steps)))
     for step in range(steps):
         batch = schedule.sample(NUM_EQ, NUM_NEQ, step)
         if change == "DTD of v":  # the curriculum is for r = t alone
@@ -162,10 +162,11 @@ def append_runs(args):
     """Train what is not yet in the table, a line a run."""
     data, known, judge = points(args.runs), read(args.csv), None
     for seed, steps, row in product(range(*args.seeds), args.steps, args.rows):
-        settings = args.runs, row, str(steps), args.rate, str(args.p), args.change, str(seed)
+        change = args.change if "DTD" in row or args.change == "network" else ""
+        settings = args.runs, row, str(steps), args.rate, str(args.p), change, str(seed)
         if settings not in known:
             judge = judge or Judge(data)
-            errors = judge(train(data, seed, steps, row, args.rate, args.p, args.change))
+            errors = judge(train(data, seed, steps, row, args.rate, args.p, change))
             with open(args.csv, "a") as file:
                 file.write(",".join([*settings, *(f"{error:.5g}" for error in errors)]) + "\n")
 
@@ -240,7 +241,7 @@ def main(argv=None):
     add("--seeds", type=int, nargs=2, default=(0, 20), metavar=("FROM", "TO"), help="without TO")
     add("--rate", choices=("constant", "falling"), default="constant", help="learning rate")
     add("--p", type=float, default=1.0, help="power of the adaptive weight")
-    add("--change", choices=CHANGES, default="", help="of DTD: its length, what it restricts")
+    add("--change", choices=CHANGES, default="", help="of DTD; or of the JVP's direction")
     args = parser.parse_args(argv)
     if args.runs:
         append_runs(args)
