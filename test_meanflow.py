@@ -1638,6 +1638,7 @@ DONE = "train --out done --warmup 0 --ema-decay 0.5"  # the flags of the checkpo
     (2, "sample last.pt --export last.pt", "--export last.pt exists; name another"),
     (2, "sample last.pt --out images/a/1.png", "images/a/1.png exists and is no .png of this"),
     (1, "sample last.pt --out project", "--out project holds other pictures; remove it or name"),
+    (1, "sample last.pt --out mixed", "--out mixed holds other pictures; remove it or name"),
     (2, "fid images.npz --save stats.npz", "--save stats.npz exists; name another"),
     (1, "prepare_latents images --size 8 --out taken", "taken holds a preview.png without its"),
     (1, "train --out taken", "taken/progress.png was not made here; name another --out"),
