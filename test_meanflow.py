@@ -356,6 +356,16 @@ def test_a_step_costs_no_more_than_its_parts_need(name, most, monkeypatch):
         assert cost(4, count=False)[1] < 0.85 * base
 
 
+@pytest.mark.parametrize("conditioning", CONDITIONINGS)
+def test_the_derivative_equals_central_finite_differences(conditioning):
+    net, (x, e, r, t, y, _) = small_dit(conditioning), small_batch(5, 4)
+    (z, v), h = meanflow.interpolate(x, e, t), 1e-5
+    ahead, behind = (net(z + s * v, r + s * 0.3, t + s * 0.9, y) for s in (h, -h))
+    dudt = meanflow.derivative(net, z, r, t, y, v, (0.3, 0.9))
+    assert (dudt - (ahead - behind) / (2 * h)).abs().max() < 1e-7 * dudt.abs().max()
+    assert not dudt.requires_grad
+
+
 class ForkedBlock(nn.Module):
     """What forks change: RMSNorm, SwiGLU, no biases, keywords; and convolutions whose weight or
     bias depends on the sample."""
@@ -438,6 +448,30 @@ def test_a_compiled_or_checkpointed_step_equals_the_textbook(kind, checkpointed,
         step()
     scale = (1e-5 if single else 1e-12) * max(g.abs().max() for g in expected)
     assert_close(found, expected, rtol=0, atol=scale.item(), check_dtype=False)
+
+
+def rank_of_two(rank, folder):
+    """Its halves of two micro-batches, through DDP."""
+    store = f"file://{folder}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    net, (*batch, weight) = small_dit(), small_batch(12, 8)
+    model, goal = nn.parallel.DistributedDataParallel(net), Objective(3, 0.2, 0.92, (0.2, 0.8))
+    for chunk in range(2):
+        rows = torch.arange(2 * chunk + rank, 20, 4)  # 3 with r = t, 2 with r < t
+        with model.no_sync() if chunk == 0 else contextlib.nullcontext():
+            part = [a[rows] for a in batch]
+            (meanflow.loss(model, *part, 2, weight[rows], goal)[0] / 2).backward()
+    torch.save([p.grad for p in net.parameters() if p.requires_grad], f"{folder}/{rank}")
+    prepare_latents.leave_ranks()
+
+
+@pytest.mark.slow
+def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path):
+    torch.multiprocessing.spawn(rank_of_two, (tmp_path,), 2)
+    net, goal = small_dit(), Objective(3, 0.2, 0.92, (0.2, 0.8))
+    expected = [*gradients(net, textbook_loss(net, *small_batch(12, 8), goal)[0])]
+    for rank in range(2):
+        assert_same(torch.load(tmp_path / str(rank)), expected)
 
 
 @pytest.mark.parametrize(("name", "least"), [("tiny", 1e-3), ("unet", 1e-4)])
@@ -1938,7 +1972,8 @@ def test_train_takes_the_steps_of_the_textbook(glyphs, tmp_path, flags):
     """Three steps of train.py, accumulated and all, against the textbook's on whole batches."""
     flags = ["--steps", 3, "--seed", 5, "--lr", 1e-3, "--ema-decay", 0.7, "--warmup", 1, *flags]
     a, data = train.parse_args(list(map(str, flags))), prepare_latents.Dataset(glyphs)
-    given = random_start(glyphs, tmp_path / "given", "--conditioning", a.conditioning)
+    start = ["--conditioning", a.conditioning] + ["--omega-range", 0.5, 2] * bool(a.omega_range)
+    given = random_start(glyphs, tmp_path / "given", *start)
     net, _ = load(given)
     ema = {name: value.clone() for name, value in net.state_dict().items()}
     state, rows = run(glyphs, tmp_path, *flags, "--init-from", given), metrics(tmp_path)
