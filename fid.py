@@ -306,13 +306,13 @@ def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=128):
     """Statistics.result() of pictures. Each rank processes its share of the batches."""
     count, workers = len(pictures.rows), workers if pictures.files else 0
     mine = batches_of(count, batch_size)[rank::world]
-    progress, statistics = Progress(what, sum(map(len, mine))), Statistics(net, count)
+    progress, statistics = Progress(what, len(mine)), Statistics(net, count)
     with reading(pictures, mine, workers) as results:
         for indices, (images, fault) in zip(mine, results, strict=True):
             if fault:
                 fail(f"{what}: {fault}")
             statistics.add(torch.from_numpy(images), indices)
-            progress(len(indices))
+            progress(1)
     return statistics.result()
 
 

@@ -626,7 +626,7 @@ def main(args):
         print(f"{args.out}: {done:,} of {count:,} pictures are done already")
     wait_for_all()  # no rank writes before all have listed the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
-    progress, background = Progress(args.out, sum(map(len, todo))), Background()
+    progress, background = Progress(args.out, len(todo)), Background()
     with reading(source, todo, args.workers) as results:
         for batch, (pixels, labels, faults) in zip(todo, results, strict=True):
             for fault in faults:
@@ -641,7 +641,7 @@ def main(args):
             if args.flip:  # first: a label in the first half implies that both rows are written
                 background(writer.write, count + batch[0], stored(pixels[..., ::-1]), labels)
             background(writer.write, batch[0], rows, labels)
-            progress(len(batch))
+            progress(1)
         background.wait()
     wait_for_all()
     if rank == 0:
@@ -801,13 +801,13 @@ def lock(folder, wait=False):
 
 
 @torch.no_grad()
-def to_pixels(x, vae=None, scale=1.0, at_once=16):
+def to_pixels(x, vae=None, scale=1.0):
     """The network's x (B, C, H, W) to pictures, a uint8 array; latents are decoded, a few at once.
 
     [-1, 1] becomes 0 to 255, truncated as in the papers' evaluation.
     """
     if vae:
-        x = torch.cat([vae.decode(part / scale) for part in x.split(at_once)])
+        x = torch.cat([vae.decode(part / scale) for part in x.split(16)])
     return (127.5 * x.float() + 128).clamp(0, 255).to(torch.uint8).cpu().numpy()
 
 

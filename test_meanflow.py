@@ -1813,7 +1813,7 @@ def test_images_become_a_fid_on_one_rank_or_two_after_a_kill(photographs, incept
     flags = ["--size", 64, "--batch-size", 4, "--flip", *vae]
     encode = ["prepare_latents.py", photographs, "--out", two, *flags]
     job = torchrun(2, *encode, start=subprocess.Popen)
-    while not (two / "unfinished.json").exists() or (np.load(two / "labels.npy") >= 0).sum() < 60:
+    while not (two / "labels.npy").exists() or (np.load(two / "labels.npy") >= 0).sum() < 60:
         assert job.poll() is None
         time.sleep(0.05)
     for pid in [job.pid, *children(job)]:
