@@ -2563,7 +2563,8 @@ def test_two_dimensions_trains_draws_and_tabulates(two_dimensions, tmp_path, mon
         flags = ["--runs", "gaussian", "--seeds", "0", "2", "--change", change]
         two_dimensions.main([*short, *flags])
     lines = [line.split(",") for line in table.read_text().splitlines()]
-    assert [line[1] for line in lines[1:]] == [*two_dimensions.ROWS] * 4
+    rows = [*two_dimensions.ROWS] * 2 + ["DTD", "DTD + beta"] * 2
+    assert [line[1] for line in lines[1:]] == rows
     errors = np.array([line[7:] for line in lines[1:13]], float).reshape(2, 6, 4)
     ratio = errors[:, 1] / errors[:, 0]  # of beta, by seeds
     found = {key: found for key, *found in two_dimensions.table(table)}
@@ -2573,8 +2574,12 @@ def test_two_dimensions_trains_draws_and_tabulates(two_dimensions, tmp_path, mon
     assert_close(error, mean * np.abs(np.log(ratio[0] / ratio[1])) / 2)
     changed = found["gaussian", "DTD", "12", "constant", "1.0", "DTD of v"]
     assert (changed[1] != found["gaussian", "DTD", "12", "constant", "1.0", ""][1]).all()
-    two_dimensions.main(["--table", "--out", str(tmp_path)])
-    assert "| checkerboard | MinSNR + beta | 1000 | falling |" in capsys.readouterr().out
+    two_dimensions.main(["--table"])
+    printed, findings = capsys.readouterr().out, (HERE / "docs" / "findings.md").read_text()
+    section = findings.split("## Two dimensions")[1].split("\n## ")[0]
+    tables = re.findall(r"(?:^\|.*\n)+", section, re.M)
+    assert len(tables) > 7
+    assert all(table in printed for table in tables)
     two_dimensions.main(short)
     with Image.open(tmp_path / "average_velocity.gif") as gif:
         assert gif.n_frames > 10

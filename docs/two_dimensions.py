@@ -180,15 +180,16 @@ def read(path):
 def table(path):
     """(settings, runs, mean, its error) of errors divided by MeanFlow's of the same seed.
 
-    Geometric means and their standard errors, (4,) each: MEASURES.
+    Geometric means and their standard errors, (4,) each: MEASURES. By set, rate, p, steps, row.
     """
     runs, kinds = read(path), {}
     for key, errors in runs.items():
         plain = runs.get((key[0], "MeanFlow", *key[2:5], "", key[-1]))
         if plain is not None and (key[1], key[5]) != ("MeanFlow", ""):
             kinds.setdefault(key[:-1], []).append(np.log(errors / plain))
-    for key, logs in sorted(kinds.items()):
-        if len(logs) > 1:
+    place = lambda key: (key[0], key[3], key[4], int(key[2]), [*ROWS].index(key[1]))  # noqa: E731
+    for key in sorted(kinds, key=place):
+        if len(logs := kinds[key]) > 1:
             mean = np.exp(np.mean(logs, 0))
             yield key, len(logs), mean, mean * np.std(logs, 0, ddof=1) / len(logs) ** 0.5
 
@@ -246,11 +247,13 @@ def main(argv=None):
     if args.runs:
         append_runs(args)
     elif args.table:
-        print("| set | row | steps | rate | p | change | runs |", " | ".join(MEASURES), "|")
-        print("| --- " * 11 + "|")
-        for key, runs, *found in table(args.csv):
+        last = None
+        for (kind, row, steps, rate, p, change), runs, *found in table(args.csv):
+            if (title := f"{kind}, {int(steps):,} steps, {rate} rate, p = {p}") != last:
+                print("\n|", " | ".join([title, "seeds", *MEASURES]), "|\n|" + " --- |" * 6)
             cells = [f"{mean:.2f} ± {error:.2f}" for mean, error in zip(*found, strict=True)]
-            print("|", " | ".join([*key, str(runs), *cells]), "|")
+            print("|", " | ".join([row + f", {change}" * (change > ""), str(runs), *cells]), "|")
+            last = title
     else:
         draw_average_velocity(args.out, args.steps[0])
 
