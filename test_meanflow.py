@@ -1837,7 +1837,7 @@ def test_images_become_a_fid_on_one_rank_or_two_after_a_kill(photographs, incept
     assert np.abs(samples - compiled).max() <= 1
     for ranks in (1, 2):
         done = torchrun(ranks, *measure, tmp_path / "1.npz", reference, stdout=subprocess.PIPE)
-        found = re.findall(r"[FK]ID (\S+\d)", done.stdout)  # train.py drew the same:
+        found = re.findall(rb"[FK]ID (\S+\d)", done.stdout)  # train.py drew the same:
         row = metrics(tmp_path / "run")[-1]
         assert [row["fid"], row["kid"]] == pytest.approx([*map(float, found)], rel=5e-5)
 
