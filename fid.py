@@ -218,9 +218,10 @@ def kernel_distance(x, y):
 def distances(ours, theirs):
     """{"fid": float} of two results of Statistics, and "kid" where both have features."""
     moments = ours["mu"], ours["sigma"], theirs["mu"], theirs["sigma"]
-    sides = [side["features"] for side in (ours, theirs) if "features" in side]
-    kid = {"kid": kernel_distance(*sides)} if len(sides) == 2 else {}
-    return {"fid": frechet_distance(*moments)} | kid
+    found = {"fid": frechet_distance(*moments)}
+    if "features" in ours.keys() & theirs.keys():
+        found["kid"] = kernel_distance(ours["features"], theirs["features"])
+    return found
 
 
 # ---------------------------------------------------------------------------- inputs
@@ -245,7 +246,8 @@ def load_statistics(path):
         if prefix + "mu" not in file:
             return None
         found = {name: file[prefix + name].astype(np.float64) for name in ("mu", "sigma")}
-        found |= {k: file[k][()] for k in ("count", "score", "features") if k in file}
+        found |= {name: file[name].item() for name in ("count", "score") if name in file}
+        found |= {"features": file["features"]} if {"count", "features"} <= {*file} else {}
     shapes = {"mu": (FEATURES,), "sigma": (FEATURES, FEATURES)}
     shapes["features"] = (min(found.get("count", 0), KEPT), FEATURES)
     for name in shapes.keys() & found.keys():
@@ -336,6 +338,8 @@ def parse_args(argv=None):
         parser.error("--batch-size and --crop must be at least 1, --workers at least 0")
     if not (args.reference or args.save):
         parser.error("name a REFERENCE, or --save FILE for the statistics of SAMPLES alone")
+    if missing := [path for path in args.paths if not path.exists()]:
+        parser.error(f"{missing[0]} does not exist")
     if args.save and (args.save.suffix != ".npz" or not args.save.parent.is_dir()):
         parser.error(f"--save {args.save}: name an .npz in a directory that exists")
     if args.save and args.save.exists():

@@ -162,10 +162,13 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
     def inputs(part):
         return z[part], r[part], t[part], y if y is None else y[part]
 
-    z_neq, _, t_neq, y_neq = inputs(slice(n, None))
+    z_neq, r_neq, t_neq, y_neq = inputs(slice(n, None))
     with torch.no_grad():
-        u_null = bare(z, t, t, null_labels(y, objective)) if objective.guided else z  # (B, C, H, W)
-        u_neq = bare(z_neq, t_neq, t_neq, y_neq) if objective.needs_velocity and num_neq else v_neq
+        u_null, u_neq = z, v_neq  # where they are not needed
+        if objective.guided:
+            u_null = bare(z, t, t, null_labels(y, objective))  # (B, C, H, W)
+        if objective.needs_velocity and num_neq:
+            u_neq = bare(z_neq, t_neq, t_neq, y_neq)
     if objective.guided:
         v_neq = guided_velocity(v_neq, u_neq, u_null[n:], t_neq, y_neq, objective)
     along = u_neq.to(z.dtype) if objective.jvp_velocity == "network" else v_neq
@@ -173,7 +176,7 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
     # any, the last samples run by themselves, from the same state of the generators.
     with torch.random.fork_rng([z.device] if z.is_cuda else []):
         before = random_state(z.device)
-        dudt = derivative(bare, *inputs(slice(n, None)), along, objective.tangent)
+        dudt = derivative(bare, z_neq, r_neq, t_neq, y_neq, along, objective.tangent)
         draws = random_state(z.device) != before
     parts = [slice(n, None), slice(n)] if draws and 0 < num_neq < len(x) else [slice(None)]
     u = torch.cat([net(*inputs(part)).to(z.dtype) for part in parts][::-1])  # (B, C, H, W)
@@ -182,7 +185,7 @@ def loss(net, x, e, r, t, y, num_neq, weight=1.0, objective=Objective(), v_noise
         v_eq = guided_velocity(v_eq, u[:n].detach(), u_null[:n], t[:n], y[:n], objective)
     if v_noise is not None:
         v_eq = v_eq + v_noise[:n]
-    u_tgt = torch.cat([v_eq, target(v_neq, r[n:], t[n:], dudt)])  # (B, C, H, W)
+    u_tgt = torch.cat([v_eq, target(v_neq, r_neq, t_neq, dudt)])  # (B, C, H, W)
     return weighted_error(u, u_tgt, weight, objective)
 
 

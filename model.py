@@ -409,9 +409,9 @@ def load(path, conditioning="t,t-r"):
             state, entry = weights_in(checkpoint, path, *public)
             (convert,) = (public[name] for name in public if name in state)
             checkpoint = convert(state, path, conditioning)
-            found = "{model}, conditioned on {conditioning}".format(**checkpoint["args"])
-            found = f"{checkpoint['kind']}: {found}; weights: {entry}"
-            checkpoint |= dict(step=0, note=f"note: {path} is taken for {found}")
+            told = "{model}, conditioned on {conditioning}".format(**checkpoint["args"])
+            note = f"note: {path} is taken for {checkpoint['kind']}: {told}; weights: {entry}"
+            checkpoint |= dict(step=0, note=note)
         args = checkpoint["args"]
         net = build(args["model"], checkpoint["meta"], args["conditioning"])
         load_strictly(net, checkpoint["ema"], path)
@@ -470,14 +470,16 @@ def from_dit(state, path, conditioning):
     if sit:
         if not conditioning.startswith("t,"):
             fail(f"--conditioning {conditioning}: {path} is conditioned on t")
+        of_t = {name: value for name, value in ours.items() if "time_embed.0" in name}
+        for i in range(1, len(CONDITIONINGS[conditioning](0, 0, 0))):
+            for name, value in of_t.items():
+                name = name.replace("embed.0", f"embed.{i}")
+                ours[name] = value * 0 if "mlp.2" in name else value
         # cos((1 - t) f) and sin((1 - t) f) are linear functions of cos(t f) and sin(t f).
         of_cos, of_sin = ours["time_embed.0.mlp.0.weight"].double().chunk(2, dim=1)
         cos, sin = sinusoids(torch.ones(1).double(), 2 * of_cos.shape[1]).chunk(2, dim=1)
         rows = [of_cos * cos + of_sin * sin, of_cos * sin - of_sin * cos]
         ours["time_embed.0.mlp.0.weight"] = torch.cat(rows, dim=1)
-        for name in [name for name in ours if "time_embed" in name]:
-            for i in range(1, len(CONDITIONINGS[conditioning](0, 0, 0))):
-                ours[name.replace("0", str(i), 1)] = ours[name] * (0 if "mlp.2" in name else 1)
     meta = dict(shape=[channels, size, size], classes=classes, source="")
     return dict(
         kind="SiT's velocity" if sit else "MeanFlow's", ema=ours,

@@ -177,7 +177,10 @@ class DatasetWriter:
         self.complete = (self.out / "meta.json").exists()
         record = self.out / ("meta.json" if self.complete else DRAFT)
         if record.exists():
-            was = json.loads(record.read_text())
+            try:
+                was = dict(json.loads(record.read_text()))
+            except (ValueError, TypeError):
+                was = {}  # somebody else's
             if other := [key for key in meta if key != "source" and was.get(key) != meta[key]]:
                 differs = f"--out {out} holds a dataset that differs in {', '.join(other)}"
                 fail(f"{differs}; remove it or name another")
@@ -359,6 +362,8 @@ class Cifar:
                 fail(f"{source} holds no whole {name} of CIFAR-10's binary version")
             records.append(np.frombuffer(files[name], np.uint8).reshape(-1, 3073))
         records = np.concatenate(records)
+        if records[:, 0].max() > 9:
+            fail(f"{source} has labels above 9, unlike CIFAR-10")
         self.labels, self.images = records[:, 0], records[:, 1:].reshape(-1, 3, 32, 32)
         self.classes = CIFAR_CLASSES
         if unconditional:
@@ -564,13 +569,14 @@ def parse_args(argv=None):
     add("--flip", action="store_true", help="store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
     add("--batch-size", type=int, default=32, help="images at once on a rank")
-    add("--workers", type=int, default=default_workers(), help="folder: processes that read files")
+    add("--workers", type=int, default=default_workers(), help="processes that read the pictures")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
     add("--seed", type=int, default=0, help="glyphs: another seed draws other pictures")
     args = parser.parse_args(argv)
     glyphs = args.source == "glyphs"
-    args.size = args.size or (16 if glyphs else 256 if args.vae else 32)
+    if args.size is None:
+        args.size = 16 if glyphs else 256 if args.vae else 32
     if min(args.size, args.count, args.batch_size) < 1 or min(args.workers, args.seed) < 0:
         parser.error("--size, --count and --batch-size start at 1, --workers and --seed at 0")
     if glyphs and (args.vae or args.flip or args.unconditional):
@@ -705,7 +711,10 @@ def of_job(name):
 
 def wait_for_all():
     if dist.is_initialized():
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:
+            fail("another rank has ended; its message says why")
 
 
 def leave_ranks():

@@ -107,8 +107,8 @@ def parse_args(argv=None):
     if min(args.num, args.nfe, args.batch_size) < 1 or args.seed < 0:
         parser.error("--num, --nfe and --batch-size must be at least 1, --seed at least 0")
     if args.export:
-        if args.export.exists():
-            parser.error(f"--export {args.export} exists; name another")
+        if args.export.exists() or not args.export.parent.is_dir():
+            parser.error(f"--export {args.export}: name a new file in a directory that exists")
         return args
     suffix = args.out.suffix.lower()
     args.kind = suffix if suffix in (".png", ".npz") else None

@@ -211,14 +211,14 @@ def parse_args(argv=None):
     guided, unet = (args.omega, args.kappa) != (1, 0), args.model in UNETS
     omegas, (lo, hi) = args.omega_range or (args.omega,), args.cfg_interval
     null_weight = max(abs(1 - omega - args.kappa) for omega in omegas)  # in the target, Eq. 21
-    by_sample = len(omegas) == 2, "omega" in args.conditioning
     for wrong, message in [
         (guided and args.label_drop == 0 and null_weight > 1e-9,
          "--label-drop 0 never trains the null label, which this guidance needs"),
         (args.kappa >= 1, "--kappa must be below 1: the effective scale is omega / (1 - kappa)"),
-        (any(by_sample) and not (all(by_sample) and guided and not unet),
-         "--omega-range LO HI and --conditioning t,t-r,omega need each other, guidance and a DiT"),
-        (not omegas[0] <= args.omega <= omegas[-1], "--omega-range must hold --omega"),
+        ((len(omegas) == 2) != ("omega" in args.conditioning),
+         "--omega-range LO HI and --conditioning t,t-r,omega need each other"),
+        (len(omegas) == 2 and (unet or not guided), "--omega-range needs a DiT and guidance"),
+        (not omegas[0] <= args.omega <= omegas[-1], f"--omega-range lacks --omega {args.omega}"),
         (lo >= hi, "--cfg-interval LO HI needs LO < HI; --omega 1 --kappa 0 is no guidance"),
         (args.augment and not unet, "--augment is for --model unet alone"),
         (args.augment and guided, "guidance excludes --augment: pass --no-augment"),
@@ -445,7 +445,7 @@ def read_last(path, args, meta, steps):
     if "optimizer" not in saved:
         fail(f"{path} holds only the network: name it as --init-from, and another --out")
     for name, now in vars(args).items():
-        was = saved["args"].get(name, PAPER.get(name))  # of before there was the flag
+        was = saved["args"].get(name, PAPER.get(name))  # older runs lack newer flags
         if name not in MAY_CHANGE and now != was:
             flag = f"--{name.replace('_', '-')} {now}"
             fail(f"{flag}: {args.out} was trained with {was}; name another --out")
