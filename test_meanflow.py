@@ -475,7 +475,7 @@ def test_two_ranks_that_accumulate_have_the_gradient_of_the_textbook(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "least"), [("tiny", 1e-3), ("unet", 1e-4)])
-def test_the_derivative_in_bfloat16_is_as_precise_as_the_velocity(monkeypatch, name, least):
+def test_the_velocity_and_its_derivative_are_precise_in_bfloat16(monkeypatch, name, least):
     monkeypatch.setitem(UNETS, "unet", (1, 32))
     torch.manual_seed(0)
     net = build(name, dict(shape=(4, 16, 16), classes=[])).eval()
@@ -492,8 +492,8 @@ def test_the_derivative_in_bfloat16_is_as_precise_as_the_velocity(monkeypatch, n
         ours = both(net.float(), z, r.float(), t.float(), v)
     of_u, of_dudt = ((a - b).norm() / b.norm() for a, b in zip(ours, exact, strict=True))
     print(name, of_u.item(), of_dudt.item())
-    assert least < of_u < 2e-2
-    assert of_dudt < 1.5 * of_u
+    assert least < of_u < 1e-2
+    assert least < of_dudt < 1e-2
 
 
 def gaussian_flow(z, r, t, y=None, m=0.7, std=0.4):
