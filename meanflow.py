@@ -31,6 +31,7 @@ class Objective:
     """The constants of the loss; the defaults are MeanFlow without guidance.
 
     omega, kappa: guidance inside the target, Eq. 21; the effective scale is omega / (1 - kappa).
+    omega = 1 and kappa = 0 is none, whatever the labels bring.
     Guidance applies where t is in cfg_interval and the label is not null_label. Labels y (B, 2)
     bring an omega of their own, for a network that is conditioned on it.
     tangent: (dr, dt) of the JVP; values other than (0, 1) are for the ablation of Tab. 1b.

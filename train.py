@@ -160,7 +160,7 @@ def parse_args(argv=None):
     add("--time-sigma", type=positive, help="lognorm: its standard deviation")
     add("--omega", type=finite, help="guidance, Eq. 21; --omega 1 --kappa 0 is none")
     add("--kappa", type=finite, help="guidance, Eq. 21; effective scale omega / (1 - kappa)")
-    add("--omega-range", type=finite, nargs=2, metavar=("LO", "HI"), help="draw omega by sample")
+    add("--omega-range", type=finite, nargs=2, metavar=("LO", "HI"), help="of each sample's omega")
     add("--cfg-interval", type=share, nargs=2, metavar=("LO", "HI"), help="guided where t is in it")
     add("--augment", action=switch, help="random mirroring, scale, stretch, shift; unet only")
     add("--label-drop", type=share, help="probability of the null label")
