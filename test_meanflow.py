@@ -2523,9 +2523,9 @@ def test_the_code_of_the_readme_draws_its_data_in_one_step(two_dimensions):
     torch.manual_seed(0)
     net, data = two_dimensions.Network(), two_dimensions.points("three gaussians")
     names = dict(torch=torch, meanflow=meanflow, schedules=schedules, steps=2000, net=net)
-    names |= dict(data=data.float().view(-1, 2, 1, 1), optimizer=torch.optim.Adam(net.parameters()))
+    names |= dict(data=data.float(), optimizer=torch.optim.Adam(net.parameters()))
     exec(code, names)
-    distances = torch.cdist(names["x"].flatten(1), data.float()) / data.std()
+    distances = torch.cdist(names["x"], data.float()) / data.std()
     assert distances.amin(1).mean() < 0.1  # samples lie on the data
     assert distances.amin(0).mean() < 0.1  # and everywhere on it
 
@@ -2560,33 +2560,50 @@ def test_the_fields_of_two_dimensions_are_exact(two_dimensions):
         assert_close(ours.flatten().numpy(), solved.y[:, -1], rtol=0, atol=1e-6)
 
 
-def test_two_dimensions_trains_draws_and_tabulates(two_dimensions, tmp_path, monkeypatch, capsys):
+def ratio_tables(path, names):
+    """Markdown tables of a file like docs/two_dimensions.csv: errors divided by MeanFlow's of the
+    same seed, geometric mean ± standard error."""
+    with open(path, newline="") as file:
+        _, *lines = csv.reader(file)
+    runs, ratios = {tuple(line[:7]): np.float64(line[7:]) for line in lines}, {}
+    assert len(runs) == len(lines)
+    for (kind, name, steps, rate, p, change, seed), errors in runs.items():
+        plain = runs.get((kind, "MeanFlow", steps, rate, p, "", seed))
+        if plain is not None and plain is not errors:
+            rows = ratios.setdefault(f"{kind}, {int(steps):,} steps, {rate} rate, p = {p}", {})
+            rows.setdefault((names.index(name), change), []).append(errors / plain)
+    for title, rows in ratios.items():
+        table = [[title, "seeds", "one step", "two steps", "Euler", "v"], ["---"] * 6]
+        for (at, change), found in sorted(rows.items()):
+            means = zip(scipy.stats.gmean(found), scipy.stats.sem(np.log(found)), strict=True)
+            cells = [f"{mean:.2f} ± {mean * error:.2f}" for mean, error in means]
+            table.append([names[at] + f", {change}" * (change > ""), str(len(found)), *cells])
+        yield "".join(f"| {' | '.join(line)} |\n" for line in table)
+
+
+def test_two_dimensions_trains_draws_and_has_its_tables(two_dimensions, tmp_path, monkeypatch):
+    """`python -m pytest -s -k two_dimensions` prints them."""
     monkeypatch.setattr(two_dimensions.points, "__defaults__", (700,))
     monkeypatch.setattr(two_dimensions.Judge.__init__, "__defaults__", (20,))
-    table, kept = tmp_path / "runs.csv", HERE / "docs" / "two_dimensions.csv"
-    table.write_text(kept.read_text().splitlines()[0] + "\n")
-    short = ["--steps", "12", "--csv", str(table), "--out", str(tmp_path)]
+    runs, kept = tmp_path / "two_dimensions.csv", HERE / "docs" / "two_dimensions.csv"
+    runs.write_text(kept.read_text().splitlines()[0] + "\n")
+    short = ["--steps", "12", "--out", str(tmp_path)]
     for change in ("", "", "DTD of v"):  # the second finds them all done
         flags = ["--runs", "gaussian", "--seeds", "0", "2", "--change", change]
         two_dimensions.main([*short, *flags])
-    lines = [line.split(",") for line in table.read_text().splitlines()]
-    rows = [*two_dimensions.ROWS] * 2 + ["DTD", "DTD + beta"] * 2
-    assert [line[1] for line in lines[1:]] == rows
-    errors = np.array([line[7:] for line in lines[1:13]], float).reshape(2, 6, 4)
-    ratio = errors[:, 1] / errors[:, 0]  # of beta, by seeds
-    found = {key: found for key, *found in two_dimensions.table(table)}
-    runs, mean, error = found["gaussian", "beta", "12", "constant", "1.0", ""]
-    assert runs == 2
-    assert_close(mean, np.sqrt(ratio.prod(0)))
-    assert_close(error, mean * np.abs(np.log(ratio[0] / ratio[1])) / 2)
-    changed = found["gaussian", "DTD", "12", "constant", "1.0", "DTD of v"]
-    assert (changed[1] != found["gaussian", "DTD", "12", "constant", "1.0", ""][1]).all()
-    two_dimensions.main(["--table"])
-    printed, findings = capsys.readouterr().out, (HERE / "docs" / "findings.md").read_text()
-    section = findings.split("## Two dimensions")[1].split("\n## ")[0]
-    tables = re.findall(r"(?:^\|.*\n)+", section, re.M)
-    assert len(tables) > 7
-    assert all(table in printed for table in tables)
+    lines = [line.split(",") for line in runs.read_text().splitlines()[1:]]
+    assert [line[1] for line in lines] == two_dimensions.NAMES * 2 + ["DTD", "DTD + beta"] * 2
+    errors = {(line[1], line[5]): line[7:] for line in lines}
+    assert errors["DTD", ""] != errors["DTD", "DTD of v"]
+    (toy,) = ratio_tables(runs, two_dimensions.NAMES)
+    assert toy.count("\n") == 9
+    tables = [*ratio_tables(kept, two_dimensions.NAMES)]
+    print("", *tables, sep="\n")
+    text = (HERE / "docs" / "findings.md").read_text()
+    section = text.split("## Two dimensions")[1].split("\n## ")[0]
+    found = re.findall(r"(?:^\|.*\n)+", section, re.M)
+    assert len(found) > 7
+    assert set(found) <= set(tables)
     two_dimensions.main(short)
     with Image.open(tmp_path / "average_velocity.gif") as gif:
         assert gif.n_frames > 10
