@@ -2538,7 +2538,7 @@ def two_dimensions():
 
 
 def test_the_fields_of_two_dimensions_are_exact(two_dimensions):
-    """v is the mean of e - x near z; the flow is scipy's."""
+    """v is the mean of e - x near z; the flow is scipy's; u + (t - r) du/dt = v along it."""
     data, g = two_dimensions.points("checkerboard", 300), torch.Generator().manual_seed(0)
     t, z = 0.6, torch.tensor([[0.3, -0.2], [1.0, 0.4]]).double()
     x = data[torch.randint(300, (2_000_000,), generator=g)]
@@ -2558,6 +2558,15 @@ def test_the_fields_of_two_dimensions_are_exact(two_dimensions):
         solved = scipy.integrate.solve_ivp(derivative, times, noise.numpy().ravel(), **options)
         ours = two_dimensions.flow(noise, data, start=times[0], end=times[1])[-1]
         assert_close(ours.flatten().numpy(), solved.y[:, -1], rtol=0, atol=1e-6)
+
+    def average(t, r=0.3):  # u on the way through the noise at t = 0.8
+        z = two_dimensions.flow(noise, data, start=0.8, end=t)[-1]
+        return (z - two_dimensions.flow(z, data, start=t, end=r)[-1]) / (t - r)
+
+    dudt = (average(0.8 + 1e-4) - average(0.8 - 1e-4)) / 2e-4
+    v = two_dimensions.velocity(noise, 0.8, data)
+    assert_close(average(0.8) + 0.5 * dudt, v, rtol=0, atol=1e-6)
+    assert (average(0.8) - v).abs().mean() > 0.1
 
 
 def ratio_tables(path, names):
