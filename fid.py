@@ -24,7 +24,7 @@ from torch import nn
 from model import fail, load_file, load_strictly, weights_in
 from prepare_latents import (
     Dataset, Progress, batches_of, default_workers, image_files, join_ranks, leave_ranks,
-    read_image, reading, replace_file, run_script,
+    read_ahead, read_image, replace_file, run_script,
 )  # fmt: skip
 
 FEATURES, CLASSES = 2048, 1008
@@ -275,7 +275,7 @@ def load_images(path):
 class Pictures:
     """The images of an .npz, of a pixel dataset, or of a folder and its sub-folders.
 
-    pictures[indices] is (a batch (B, 1 or 3, H, W) uint8, None), or (None, why there is none).
+    pictures[indices] is a batch (B, 1 or 3, H, W) uint8. ValueError where one cannot be read.
     """
 
     def __init__(self, path, crop=None):
@@ -295,26 +295,24 @@ class Pictures:
 
     def __getitem__(self, indices):
         rows = [self.rows[i] for i in indices]
-        try:
-            batch = [read_image(row, self.crop) if self.files else self.images[row] for row in rows]
-            if len({image.shape for image in batch}) > 1:
-                raise ValueError("the images have several sizes; pass --crop SIZE")
-        except ValueError as error:  # a worker cannot end the script
-            return None, str(error)
-        return np.stack(batch), None
+        batch = [read_image(row, self.crop) if self.files else self.images[row] for row in rows]
+        if len({image.shape for image in batch}) > 1:
+            raise ValueError("the images have several sizes; pass --crop SIZE")
+        return np.stack(batch)
 
 
-def measure(net, pictures, what, workers=0, rank=0, world=1, batch_size=128):
+def measure(net, pictures, what, workers=1, rank=0, world=1, batch_size=128):
     """Statistics.result() of pictures. Each rank processes its share of the batches."""
-    count, workers = len(pictures.rows), workers if pictures.files else 0
-    mine = batches_of(count, batch_size)[rank::world]
-    progress, statistics = Progress(what, len(mine)), Statistics(net, count)
-    with reading(pictures, mine, workers) as results:
-        for indices, (images, fault) in zip(mine, results, strict=True):
-            if fault:
-                fail(f"{what}: {fault}")
-            statistics.add(torch.from_numpy(images), indices)
-            progress(1)
+    mine = batches_of(len(pictures.rows), batch_size)[rank::world]
+    progress, statistics = Progress(what, len(mine)), Statistics(net, len(pictures.rows))
+    readings = read_ahead(pictures.__getitem__, mine, workers) if pictures.files else mine
+    for indices, reading in zip(mine, readings, strict=True):
+        try:
+            images = reading.get() if pictures.files else pictures[indices]
+        except ValueError as error:
+            fail(f"{what}: {error}")
+        statistics.add(torch.from_numpy(images), indices)
+        progress(1)
     return statistics.result()
 
 
@@ -331,11 +329,11 @@ def parse_args(argv=None):
     add("--crop", type=int, help="folders: centre-crop the images to this size, as ADM does")
     add("--save", type=Path, help=".npz to write the statistics of SAMPLES to")
     add("--batch-size", type=int, default=128, help="images per batch and rank")
-    add("--workers", type=int, default=workers, help="folders: processes per rank to read images")
+    add("--workers", type=int, default=workers, help="folders: threads per rank to read images")
     args = parser.parse_args(argv)
     args.paths = [path for path in (args.samples, args.reference) if path]
-    if min(args.batch_size, 1 if args.crop is None else args.crop) < 1 or args.workers < 0:
-        parser.error("--batch-size and --crop must be at least 1, --workers at least 0")
+    if min(args.batch_size, 1 if args.crop is None else args.crop, args.workers) < 1:
+        parser.error("--batch-size, --crop and --workers must be at least 1")
     if not (args.reference or args.save):
         parser.error("name a REFERENCE, or --save FILE for the statistics of SAMPLES alone")
     if missing := [path for path in args.paths if not path.exists()]:

@@ -29,16 +29,16 @@ import json
 import math
 import os
 import re
-import signal
 import sys
 import tarfile
 import time
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,6 @@ import torch.nn.functional as F
 from einops import rearrange
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from torch import nn
-from torch.utils.data import DataLoader
 
 from model import (
     LATENT_SCALE, PIXELS, conv, fail, fingerprint, load_file, load_strictly, norm, weights_in,
@@ -56,7 +55,6 @@ from model import (
 
 FORMAT = 1  # of the dataset; raised when a reader of the old one would misread the new
 EMPTY, UNREADABLE = -1, -2  # labels of rows not written yet, and of unreadable pictures
-HANGS_AFTER = 600  # seconds in which a process reads no batch
 MADE_HERE = "MeanFlow"  # in the text of a PNG that may be replaced
 DRAFT = "unfinished.json"  # becomes meta.json when every row is written
 IMAGE_SUFFIXES = {end for end, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -569,7 +567,7 @@ def parse_args(argv=None):
     add("--flip", action="store_true", help="store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
     add("--batch-size", type=int, default=32, help="images at once on a rank")
-    add("--workers", type=int, default=default_workers(), help="processes that read the pictures")
+    add("--workers", type=int, default=default_workers(), help="threads that read the pictures")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
     add("--seed", type=int, default=0, help="glyphs: another seed draws other pictures")
@@ -577,8 +575,8 @@ def parse_args(argv=None):
     glyphs = args.source == "glyphs"
     if args.size is None:
         args.size = 16 if glyphs else 256 if args.vae else 32
-    if min(args.size, args.count, args.batch_size) < 1 or min(args.workers, args.seed) < 0:
-        parser.error("--size, --count and --batch-size start at 1, --workers and --seed at 0")
+    if min(args.size, args.count, args.batch_size, args.workers) < 1 or args.seed < 0:
+        parser.error("--size, --count, --batch-size and --workers start at 1, --seed at 0")
     if glyphs and (args.vae or args.flip or args.unconditional):
         parser.error("--vae, --flip and --unconditional are not for glyphs")
     if Path(args.source, "meta.json").exists():
@@ -633,22 +631,23 @@ def main(args):
     wait_for_all()  # no rank writes before all have listed the same work
     todo = todo[rank * len(todo) // world : (rank + 1) * len(todo) // world]
     progress, background = Progress(args.out, len(todo)), Background()
-    with reading(source, todo, args.workers) as results:
-        for batch, (pixels, labels, faults) in zip(todo, results, strict=True):
-            for fault in faults:
-                if not args.skip_unreadable:
-                    fail(f"{fault}; replace it or pass --skip-unreadable")
-                print(f"skipped: {fault}", file=sys.stderr)
-            rows = stored(pixels)
-            if vae and batch[0] == 0:
-                mean, std = np.split(rows.astype(np.float64), 2, axis=1)
-                spread = LATENT_SCALE * (mean.var() + np.square(std).mean()) ** 0.5
-                print(f"{args.out}: standard deviation of latents {spread:.2f}; it should be 1")
-            if args.flip:  # first: a label in the first half implies that both rows are written
-                background(writer.write, count + batch[0], stored(pixels[..., ::-1]), labels)
-            background(writer.write, batch[0], rows, labels)
-            progress(1)
-        background.wait()
+    readings = read_ahead(source.__getitem__, todo, args.workers)
+    for batch, reading in zip(todo, readings, strict=True):
+        pixels, labels, faults = reading.get()
+        for fault in faults:
+            if not args.skip_unreadable:
+                fail(f"{fault}; replace it or pass --skip-unreadable")
+            print(f"skipped: {fault}", file=sys.stderr)
+        rows = stored(pixels)
+        if vae and batch[0] == 0:
+            mean, std = np.split(rows.astype(np.float64), 2, axis=1)
+            spread = LATENT_SCALE * (mean.var() + np.square(std).mean()) ** 0.5
+            print(f"{args.out}: standard deviation of latents {spread:.2f}; it should be 1")
+        if args.flip:  # first: a label in the first half implies that both rows are written
+            background(writer.write, count + batch[0], stored(pixels[..., ::-1]), labels)
+        background(writer.write, batch[0], rows, labels)
+        progress(1)
+    background.wait()
     wait_for_all()
     if rank == 0:
         writer.finish(vae)
@@ -729,25 +728,22 @@ def batches_of(count, size):
 
 
 def default_workers():
-    """Processes that decode images for a rank: its share of the cores, at most 8."""
-    return min(8, (os.cpu_count() or 1) // of_job("LOCAL_WORLD_SIZE"))
+    """Threads that decode images for a rank: its share of the cores, at most 8."""
+    return max(1, min(8, (os.cpu_count() or 1) // of_job("LOCAL_WORLD_SIZE")))
 
 
-@contextmanager
-def reading(pictures, batches, workers):
-    """pictures[batch] of each batch, a tuple, read ahead by processes; 0 workers: by this one.
+def read_ahead(read, items, threads):
+    """Threads call read(item) for each item, ahead: in order, objects whose get() gives the result.
 
-    Results come through pipes, not through /dev/shm, which is small on many machines. A process
-    that dies or hangs ends the script.
+    numpy and Pillow let other threads run while they copy and decode. The threads never keep Python
+    from ending. `read` raises errors, which get() raises again: `fail` would end its thread alone.
     """
-    options = dict(num_workers=workers, timeout=HANGS_AFTER if workers else 0, collate_fn=tuple)
-    try:
-        yield DataLoader(pictures, batch_size=None, sampler=batches, **options)
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # those that end now are no errors
-        fail(f"--workers {workers}: a process that reads pictures died or hung ({error})")
+    pool, ahead = ThreadPool(threads), deque()
+    for item in items:
+        ahead.append(pool.apply_async(read, (item,)))
+        if len(ahead) > 2 * threads:
+            yield ahead.popleft()
+    yield from ahead
 
 
 class Progress:

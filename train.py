@@ -21,14 +21,12 @@ import signal
 import sys
 import time
 import timeit
-from collections import deque
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -50,8 +48,9 @@ from model import (
     CHECKPOINT_FORMAT, CONDITIONINGS, CONFIGS, UNETS, build, fail, load, read_checkpoint,
 )  # fmt: skip
 from prepare_latents import (
-    Dataset, Progress, augment, join_ranks, leave_ranks, load_vae, lock, network_input,
-    made_here, run_script, replace_file, save_grid, save_png, to_pixels, wait_for_all, write_glyphs,
+    Dataset, Progress, augment, join_ranks, leave_ranks, load_vae, lock, made_here, network_input,
+    read_ahead, replace_file, run_script, save_grid, save_png, to_pixels, wait_for_all,
+    write_glyphs,
 )  # fmt: skip
 from sample import draw, keyed_generator
 
@@ -529,10 +528,7 @@ def checkpoint_block(block, *args):
 
 
 def load_batches(args, data, split, start, steps, device):
-    """For each step, the reading of this rank's micro-batches: get() gives [(rows, labels), ...].
-
-    Threads read ahead. numpy lets others run while it copies rows of the memory-mapped file.
-    """
+    """Of each step, this rank's micro-batches: get() waits for them, [(rows, labels), ...]."""
 
     def read(step):
         keys = ((step, chunk, split.micro, args.batch_size) for chunk in split.chunks)
@@ -540,12 +536,7 @@ def load_batches(args, data, split, start, steps, device):
         cuda = device.type == "cuda"
         return [[a.pin_memory() for a in pair] for pair in found] if cuda else found
 
-    pool, ahead = ThreadPool(args.workers), deque()  # its threads never keep Python from ending
-    for step in range(start, steps if data else start):
-        ahead.append(pool.apply_async(read, (step,)))
-        if len(ahead) > 2 * args.workers:
-            yield ahead.popleft()
-    yield from ahead
+    return read_ahead(read, range(start, steps if data else start), args.workers)
 
 
 @lru_cache(maxsize=2)
@@ -750,7 +741,7 @@ class OneStepSamples:
 
     def __getitem__(self, indices):
         labels = [i % max(self.net.num_classes, 1) for i in indices]
-        return to_pixels(draw(self.net, labels, indices), self.vae, self.scale), None
+        return to_pixels(draw(self.net, labels, indices), self.vae, self.scale)
 
 
 # ---------------------------------------------------------------------------- --bench
