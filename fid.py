@@ -275,11 +275,11 @@ def load_images(path):
 class Pictures:
     """The images of an .npz, of a pixel dataset, or of a folder and its sub-folders.
 
-    pictures[indices] is a batch (B, 1 or 3, H, W) uint8. ValueError where one cannot be read.
+    pictures[indices] is a batch (B, 1 or 3, H, W) uint8.
     """
 
     def __init__(self, path, crop=None):
-        self.crop, self.files = crop, []
+        self.path, self.crop, self.files = path, crop, []
         if path.suffix == ".npz":
             self.images = load_images(path).transpose(0, 3, 1, 2)
             self.rows = range(len(self.images))
@@ -295,9 +295,12 @@ class Pictures:
 
     def __getitem__(self, indices):
         rows = [self.rows[i] for i in indices]
-        batch = [read_image(row, self.crop) if self.files else self.images[row] for row in rows]
+        try:
+            batch = [read_image(row, self.crop) if self.files else self.images[row] for row in rows]
+        except ValueError as error:
+            fail(f"{self.path}: {error}")
         if len({image.shape for image in batch}) > 1:
-            raise ValueError("the images have several sizes; pass --crop SIZE")
+            fail(f"{self.path}: the images have several sizes; pass --crop SIZE")
         return np.stack(batch)
 
 
@@ -307,10 +310,7 @@ def measure(net, pictures, what, workers=1, rank=0, world=1, batch_size=128):
     progress, statistics = Progress(what, len(mine)), Statistics(net, len(pictures.rows))
     readings = read_ahead(pictures.__getitem__, mine, workers) if pictures.files else mine
     for indices, reading in zip(mine, readings, strict=True):
-        try:
-            images = reading.get() if pictures.files else pictures[indices]
-        except ValueError as error:
-            fail(f"{what}: {error}")
+        images = reading.result() if pictures.files else pictures[indices]
         statistics.add(torch.from_numpy(images), indices)
         progress(1)
     return statistics.result()

@@ -34,12 +34,13 @@ import tarfile
 import time
 import zlib
 from collections import Counter, OrderedDict, deque
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
-from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
 import torch
@@ -567,7 +568,7 @@ def parse_args(argv=None):
     add("--flip", action="store_true", help="store the mirror images too")
     add("--dtype", choices=("float16", "float32"), default="float16", help="of stored latents")
     add("--batch-size", type=int, default=32, help="images at once on a rank")
-    add("--workers", type=int, default=default_workers(), help="threads that read the pictures")
+    add("--workers", type=int, default=default_workers(), help="threads per rank to read pictures")
     add("--skip-unreadable", action="store_true", help="folder: name and leave out broken files")
     add("--count", type=int, default=20_000, help="glyphs: number of pictures")
     add("--seed", type=int, default=0, help="glyphs: another seed draws other pictures")
@@ -633,7 +634,7 @@ def main(args):
     progress, background = Progress(args.out, len(todo)), Background()
     readings = read_ahead(source.__getitem__, todo, args.workers)
     for batch, reading in zip(todo, readings, strict=True):
-        pixels, labels, faults = reading.get()
+        pixels, labels, faults = reading.result()
         for fault in faults:
             if not args.skip_unreadable:
                 fail(f"{fault}; replace it or pass --skip-unreadable")
@@ -733,17 +734,30 @@ def default_workers():
 
 
 def read_ahead(read, items, threads):
-    """Threads call read(item) for each item, ahead: in order, objects whose get() gives the result.
+    """Yields a Future of read(item) for each item, in order. Threads begin with the next ones.
 
-    numpy and Pillow let other threads run while they copy and decode. The threads never keep Python
-    from ending. `read` raises errors, which get() raises again: `fail` would end its thread alone.
+    numpy and Pillow let other threads run while they copy and decode. What `read` raises, also by
+    `fail`, result() raises again. A read that hangs does not keep Python from ending.
     """
-    pool, ahead = ThreadPool(threads), deque()
+    tasks, ahead = SimpleQueue(), deque()
+
+    def work():
+        while True:
+            future, item = tasks.get()
+            try:
+                future.set_result(read(item))
+            except BaseException as error:
+                future.set_exception(error)
+
+    for _ in range(threads):
+        Thread(target=work, daemon=True).start()
     for item in items:
-        ahead.append(pool.apply_async(read, (item,)))
+        ahead.append(Future())
+        tasks.put((ahead[-1], item))
         if len(ahead) > 2 * threads:
             yield ahead.popleft()
-    yield from ahead
+    while ahead:
+        yield ahead.popleft()
 
 
 class Progress:

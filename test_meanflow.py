@@ -1024,6 +1024,21 @@ def test_an_unreadable_image_is_named_and_stops_the_run_or_is_skipped(tmp_path, 
     refusal(capsys, 1, "in holds no readable", prepare_latents, *flags, "--skip-unreadable")
 
 
+def test_a_read_that_never_ends_does_not_keep_the_script_from_ending(tmp_path):
+    """One thread waits for the data of a pipe; another finds a file that is no picture."""
+    names_in(tmp_path / "in", "2.png")
+    os.mkfifo(tmp_path / "in/1.png")
+    (tmp_path / "in/0.png").write_text("no picture")
+    flags = [tmp_path / "in", "--out", tmp_path / "set", "--batch-size", 1, "--workers", 2]
+    options = dict(start=subprocess.Popen, stderr=subprocess.PIPE, text=True)
+    job = torchrun(1, "prepare_latents.py", *flags, **options)
+    try:
+        assert "0.png cannot be read" in job.communicate(timeout=60)[1]
+    finally:
+        job.kill()
+    assert job.returncode == 1
+
+
 def random_vae(path):
     """A small VAE with random weights, in a file."""
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import timeit
+from concurrent.futures import wait
 from contextlib import nullcontext
 from dataclasses import replace
 from datetime import timedelta
@@ -350,7 +351,7 @@ def main(args):
     for step in range(start, steps + 1):
         reading, notice, stalls = next(batches, None), 0, True
         while stalls and not notice:  # all ranks stop after the same step
-            stalls = reading is not None and (reading.wait(1) or not reading.ready())
+            stalls = reading is not None and not wait([reading], 1).done
             notice, stalls = largest_of_ranks(max(caught, default=0), stalls)
         ended = notice > 0 or step == steps
         saves = step > start and (ended or step % args.save_every == 0)
@@ -368,7 +369,7 @@ def main(args):
         if ended:
             break
 
-        for chunk, rows in zip(split.chunks, reading.get(), strict=True):
+        for chunk, rows in zip(split.chunks, reading.result(), strict=True):
             batch = micro_batch(step, chunk, *rows)
             # DDP averages gradients over the ranks only in the last backward of a step.
             waiting = world > 1 and chunk != split.chunks[-1]
@@ -528,7 +529,7 @@ def checkpoint_block(block, *args):
 
 
 def load_batches(args, data, split, start, steps, device):
-    """Of each step, this rank's micro-batches: get() waits for them, [(rows, labels), ...]."""
+    """Of each step, a Future of this rank's micro-batches, [(rows, labels), ...]."""
 
     def read(step):
         keys = ((step, chunk, split.micro, args.batch_size) for chunk in split.chunks)
@@ -827,7 +828,7 @@ def bench(args, net, objective, schedule, split, update, autocast, meta, batches
     say(f"sampling in one step: {len(t) / median['sampling']:.4g} pictures/s")
     read, begin = 0, time.perf_counter()
     for reading in batches:
-        read += sum(len(images) for images, _ in reading.get())
+        read += sum(len(images) for images, _ in reading.result())
         if (seconds := time.perf_counter() - begin) > 5:
             break
     if read:
