@@ -22,6 +22,7 @@ where x = scale * stored + shift, or for latents x = scale * (mean + std * noise
 """
 
 import argparse
+import atexit
 import gzip
 import hashlib
 import io
@@ -39,7 +40,7 @@ from contextlib import suppress
 from datetime import timedelta
 from functools import lru_cache, partial
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from threading import Thread
 
 import numpy as np
@@ -742,15 +743,26 @@ def read_ahead(read, items, threads):
     tasks, ahead = SimpleQueue(), deque()
 
     def work():
-        while True:
-            future, item = tasks.get()
+        for future, item in iter(tasks.get, None):
             try:
                 future.set_result(read(item))
             except BaseException as error:
                 future.set_exception(error)
 
-    for _ in range(threads):
-        Thread(target=work, daemon=True).start()
+    def end():
+        """Python aborts where it ends while a thread computes. One that hangs is left behind."""
+        with suppress(Empty):
+            while True:
+                tasks.get_nowait()
+        for _ in workers:
+            tasks.put(None)
+        for worker in workers:
+            worker.join(timeout=1)
+
+    workers = [Thread(target=work, daemon=True) for _ in range(threads)]
+    atexit.register(end)
+    for worker in workers:
+        worker.start()
     for item in items:
         ahead.append(Future())
         tasks.put((ahead[-1], item))

@@ -1039,6 +1039,14 @@ def test_a_read_that_never_ends_does_not_keep_the_script_from_ending(tmp_path):
     assert job.returncode == 1
 
 
+def test_python_ends_while_threads_read():
+    read = "lambda i: torch.ones(2**18).mul_(2)"
+    code = f"import torch, sys, prepare_latents as p; next(p.read_ahead({read}, range(10**9), 4))"
+    for _ in range(4):
+        job = subprocess.run([sys.executable, "-c", f"{code}; sys.exit(3)"], cwd=HERE)
+        assert job.returncode == 3  # and it is not aborted
+
+
 def random_vae(path):
     """A small VAE with random weights, in a file."""
     torch.manual_seed(0)
